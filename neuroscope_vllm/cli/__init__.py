@@ -1,0 +1,1 @@
+"""The `neuroscope` command. One file per command; importing it imports nothing heavy."""

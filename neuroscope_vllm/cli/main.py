@@ -1,0 +1,39 @@
+"""The command group. Commands are imported when they are run, so `--help` is quick."""
+
+from __future__ import annotations
+
+import importlib
+
+import click
+
+COMMANDS = {
+    "serve": "Serve a model with vLLM and stream its features beside it.",
+    "demo": "Serve the embedded demo model; needs no GPU and no model hub.",
+    "bench": "Measure what watching costs.",
+}
+
+
+class LazyGroup(click.Group):
+    """Reads names and one-line helps from COMMANDS; imports a command only to run it."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        return importlib.import_module(f"neuroscope_vllm.cli.{cmd_name}").command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="neuroscope-vllm", prog_name="neuroscope")
+def main() -> None:
+    """Watch a language model think while vLLM serves it.
+
+    Live sparse-autoencoder features of every token of every request, labelled, on :8081, while
+    vLLM's own OpenAI server keeps :8080.
+    """

@@ -1,0 +1,50 @@
+"""Flags shared by the commands that start a server, and how they become Settings.
+
+A flag that was not given stays out, so that the environment and the YAML file can speak:
+flags > NEUROSCOPE_* > file (see core.config.resolve).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from neuroscope_vllm.core.config import Settings, resolve
+from neuroscope_vllm.core.errors import NeuroscopeError
+
+_FLAGS = [
+    click.option("--sae", multiple=True, help="SAE file, folder or hf:// address; one per layer."),
+    click.option("--layer", multiple=True, type=int, help="Layer of each SAE, if it records none."),
+    click.option("--calibration", multiple=True, help="Calibration file of each SAE."),
+    click.option("--labels", multiple=True, help="Label files (JSONL)."),
+    click.option(
+        "--ranking",
+        type=click.Choice(["zscore", "tail", "quantile", "activation"]),
+        help="Order of a token's features.",
+    ),
+    click.option("--top-k", type=int, help="Features reported per token (8)."),
+    click.option("--max-frequency", type=float, help="Hide features more frequent than this."),
+    click.option(
+        "--sae-input", type=click.Choice(["raw", "rms"]), help="What the SAE reads (raw)."
+    ),
+    click.option("--features-host", help="Address of the feature stream (127.0.0.1)."),
+    click.option("--features-port", type=int, help="Port of the feature stream (8081)."),
+    click.option("--config", type=click.Path(), help="YAML file with any of these settings."),
+]
+
+
+def neuroscope_flags(command: Callable[..., Any]) -> Callable[..., Any]:
+    for option in reversed(_FLAGS):
+        command = option(command)
+    return command
+
+
+def settings_from(flags: dict[str, Any]) -> Settings:
+    """Raises click.ClickException with the one sentence that says what is wrong."""
+    given = {name: list(v) if isinstance(v, tuple) else v for name, v in flags.items()}
+    try:
+        return resolve({name: v for name, v in given.items() if v not in (None, [])})
+    except NeuroscopeError as error:
+        raise click.ClickException(str(error)) from None

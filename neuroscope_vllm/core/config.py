@@ -1,0 +1,168 @@
+"""What a user can configure, and where it comes from: flags > environment > YAML file.
+
+`Settings` is the one schema behind `neuroscope serve` flags, the `NEUROSCOPE_*` variables, the
+YAML file and `--additional-config '{"neuroscope": {...}}'`. Unknown keys are refused by name.
+Torch-free; reading a file or the environment happens only when asked.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from neuroscope_vllm.core.errors import ConfigError
+
+ENV_PREFIX = "NEUROSCOPE_"
+CONFIG_FILE_VARIABLE = "NEUROSCOPE_CONFIG"
+RUNTIME_VARIABLE = "NEUROSCOPE_RUNTIME"
+"""Set by us for child processes: the running side process's directory."""
+CACHE_VARIABLE = "NEUROSCOPE_CACHE"
+_NOT_SETTINGS = {CONFIG_FILE_VARIABLE, RUNTIME_VARIABLE, CACHE_VARIABLE}
+
+Ranking = Literal["zscore", "tail", "quantile", "activation"]
+
+
+class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Everything a user may set. Empty `sae` means: not configured, do nothing at all."""
+
+    sae: list[str] = []
+    """SAE files, folders or hf:// addresses, one per observed layer."""
+    layer: list[int] = []
+    """Layer of each SAE, zero-indexed; empty: as the SAE itself records."""
+    calibration: list[str] = []
+    """Calibration file of each SAE; empty: `calibration.safetensors` beside it, if there."""
+    labels: list[str] = []
+    """Label files (JSONL); empty: `labels/*.jsonl` beside the first SAE."""
+    sae_input: Literal["raw", "rms"] = "raw"
+    """What the SAE reads: raw residuals, or residuals divided by their RMS."""
+    top_k: int = 8
+    """Features reported per token."""
+    ranking: Ranking | None = None
+    """Order of a token's features; default `zscore` with a calibration, else `activation`."""
+    max_frequency: float = 0.5
+    """Features firing on more than this share of calibration tokens are not ranked."""
+    features_host: str = "127.0.0.1"
+    features_port: int = 8081
+    upstream: str | None = None
+    """vLLM's own base URL, for the chat pass-through; default: as vLLM was started."""
+    hub: str | None = None
+    """Endpoint of a side process started elsewhere (ipc:// or tcp://); default: start one."""
+    trace_requests: int = 512
+    """Finished requests kept for replay."""
+    memory_mb: int = 256
+    """Ceiling of the hub's memory for kept events, MiB."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.top_k <= 128:
+            raise ConfigError(f"top_k is {self.top_k}; it must lie between 1 and 128.")
+        if not 0 < self.max_frequency <= 1:
+            raise ConfigError(
+                f"max_frequency is {self.max_frequency}; it must lie above 0 and at most 1."
+            )
+        if not 0 <= self.features_port <= 65535:
+            raise ConfigError(f"features_port is {self.features_port}; ports end at 65535.")
+        for name in ("layer", "calibration"):
+            given = getattr(self, name)
+            if given and len(given) != len(self.sae):
+                raise ConfigError(
+                    f"{len(given)} {name} for {len(self.sae)} SAEs; give one {name} per sae."
+                )
+        if len(set(self.layer)) != len(self.layer):
+            raise ConfigError(f"layer {self.layer} names a layer twice; one SAE reads one layer.")
+
+    @property
+    def configured(self) -> bool:
+        return bool(self.sae)
+
+
+_FIELDS = {field.name: field for field in msgspec.structs.fields(Settings)}
+_LISTS = {name for name, field in _FIELDS.items() if field.default_factory is list}
+
+
+def resolve(
+    flags: Mapping[str, Any] | None = None,
+    environ: Mapping[str, str] = os.environ,
+    file: str | os.PathLike[str] | None = None,
+) -> Settings:
+    """Merge `flags` over NEUROSCOPE_* variables over a YAML file into one Settings.
+
+    The file is `file`, else the flag `config`, else $NEUROSCOPE_CONFIG. Single values are
+    accepted where a list is expected. Raises ConfigError, one sentence, on anything wrong.
+    """
+    flags = dict(flags or {})
+    path = file or flags.pop("config", None) or environ.get(CONFIG_FILE_VARIABLE)
+    merged = read_yaml(Path(path)) if path else {}
+    merged.update(from_environment(environ))
+    merged.update(_checked_keys(flags, "the neuroscope configuration"))
+    for name in _LISTS & merged.keys():
+        if not isinstance(merged[name], list | tuple):
+            merged[name] = [merged[name]]
+    try:
+        return msgspec.convert(merged, Settings, strict=False)
+    except msgspec.ValidationError as error:
+        cause = error.__cause__
+        if isinstance(cause, ConfigError):
+            raise cause from None
+        raise ConfigError(f"neuroscope configuration: {error}.") from None
+
+
+def settings_dict(settings: Settings) -> dict[str, Any]:
+    """The settings that differ from the defaults, as plain values."""
+    return {
+        name: value
+        for name, value in msgspec.to_builtins(settings).items()
+        if value != (field := _FIELDS[name]).default
+        and not (field.default_factory is not msgspec.NODEFAULT and value == [])
+    }
+
+
+def from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
+    """NEUROSCOPE_SAE and friends; lists are comma-separated."""
+    values: dict[str, Any] = {}
+    for variable, text in environ.items():
+        if not variable.startswith(ENV_PREFIX) or variable in _NOT_SETTINGS:
+            continue
+        name = variable.removeprefix(ENV_PREFIX).lower()
+        _checked_keys([name], f"the environment variable {variable}")
+        values[name] = text.split(",") if name in _LISTS else text
+    return values
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"config file {path} can not be read: {error.strerror}.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        where = getattr(error, "problem_mark", None)
+        line = f" (line {where.line + 1})" if where else ""
+        raise ConfigError(f"config file {path} is not valid YAML{line}.") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ConfigError(f"config file {path} must hold `name: value` lines.")
+    return dict(_checked_keys(content, f"config file {path}"))
+
+
+def _checked_keys(values: Any, where: str) -> Any:
+    for name in values:
+        if name not in _FIELDS:
+            close = difflib.get_close_matches(str(name), _FIELDS, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(_FIELDS)}."
+            raise ConfigError(f"{where} has an unknown key {name!r}; {hint}")
+    return values
+
+
+def cache_dir() -> Path:
+    """Where converted demo models live: $NEUROSCOPE_CACHE, else the user's cache folder."""
+    if given := os.environ.get(CACHE_VARIABLE):
+        return Path(given)
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "neuroscope"

@@ -1,0 +1,182 @@
+"""Start the side process and keep it running. Torch-free; used by every engine's front process.
+
+The front process binds the listening socket itself and hands it down: a taken port is an error
+before anything loads, and a side process that was killed comes back on the same socket, so
+readers only wait. The side process ends by itself when its parent is gone.
+"""
+
+from __future__ import annotations
+
+import errno
+import ipaddress
+import logging
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import msgspec
+
+from neuroscope_vllm.core.config import RUNTIME_VARIABLE, Settings
+from neuroscope_vllm.core.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+RESTART_PAUSE_S = 0.5
+
+
+class SideConfig(msgspec.Struct, frozen=True):
+    """What the side process is told, as JSON in `<directory>/side.json`."""
+
+    settings: Settings
+    endpoint: str
+    """Where workers connect, ipc://… or tcp://…"""
+    model: str
+    """Served model name, as in the OpenAI API."""
+    tokenizer_file: str | None
+    """A `tokenizer.json`; None: tokens are shown by id."""
+    upstream: str | None
+    """vLLM's base URL; None: no pass-through."""
+    labels: list[str] = []
+    """Label files, resolved."""
+    parent_pid: int = 0
+    listen_fd: int = -1
+
+
+class SideProcess:
+    """The running side process: one per front process, restarted when it dies."""
+
+    def __init__(self, directory: Path, listener: socket.socket) -> None:
+        self.directory = directory
+        self._listener = listener
+        self._process: subprocess.Popen[bytes] | None = None
+        self._stopping = threading.Event()
+
+    def start(self) -> None:
+        self._spawn()
+        threading.Thread(target=self._watch, name="neuroscope-side", daemon=True).start()
+
+    def stop(self, timeout: float = 5.0) -> None:
+        """SIGTERM, so that readers get a goodbye; SIGKILL after `timeout` seconds."""
+        self._stopping.set()
+        process = self._process
+        if process is None or process.poll() is not None:
+            return
+        process.terminate()
+        try:
+            process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+    @property
+    def pid(self) -> int | None:
+        return self._process.pid if self._process else None
+
+    def _spawn(self) -> None:
+        environment = {k: v for k, v in os.environ.items() if k != RUNTIME_VARIABLE}
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "neuroscope_vllm.server", str(self.directory / "side.json")],
+            pass_fds=[self._listener.fileno()],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+        )
+
+    def _watch(self) -> None:
+        while not self._stopping.is_set():
+            assert self._process is not None
+            code = self._process.wait()
+            if self._stopping.wait(RESTART_PAUSE_S):
+                return
+            logger.warning("neuroscope: the side process ended (%s); starting it again.", code)
+            self._spawn()
+
+
+def check_bind(settings: Settings) -> None:
+    """Raise ConfigError if features would be served beyond this machine: there are no keys yet."""
+    host = settings.features_host
+    try:
+        local = ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        local = host == "localhost"
+    if not local:
+        raise ConfigError(
+            f"features_host is {host}, which other machines can reach, and features are user text"
+            " that nothing guards yet; use 127.0.0.1 and a tunnel (ssh -L)."
+        )
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening TCP socket on host:port. Raises ConfigError, naming the port, if taken."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        if error.errno == errno.EADDRINUSE:
+            raise ConfigError(
+                f"features port {port} on {host} is taken by another process; stop it or choose"
+                " another with features_port (--features-port)."
+            ) from None
+        raise ConfigError(
+            f"features host {host} port {port} can not be bound: {error.strerror}."
+        ) from None
+    listener.listen(1024)
+    return listener
+
+
+def runtime_directory() -> Path:
+    """A fresh private directory (0700) for the socket and side.json."""
+    base = os.environ.get("XDG_RUNTIME_DIR") or None
+    return Path(tempfile.mkdtemp(prefix="neuroscope-", dir=base))
+
+
+def launch(
+    settings: Settings,
+    *,
+    model: str,
+    directory: Path,
+    listener: socket.socket,
+    tokenizer_file: Path | None,
+    upstream: str | None,
+    labels: list[str],
+) -> SideProcess:
+    """Start the side process for this front process and everything it spawns.
+
+    Raises ConfigError where `check_bind` does.
+    """
+    check_bind(settings)
+    config = SideConfig(
+        settings=settings,
+        endpoint=endpoint_of(directory),
+        model=model,
+        tokenizer_file=str(tokenizer_file) if tokenizer_file else None,
+        upstream=upstream,
+        labels=labels,
+        parent_pid=os.getpid(),
+        listen_fd=listener.fileno(),
+    )
+    (directory / "side.json").write_bytes(msgspec.json.encode(config))
+    side = SideProcess(directory, listener)
+    side.start()
+    os.environ[RUNTIME_VARIABLE] = str(directory)
+    return side
+
+
+def endpoint_of(directory: Path) -> str:
+    return f"ipc://{directory}/hub.sock"
+
+
+def wait_for_socket(directory: Path, timeout: float = 20.0) -> bool:
+    """Whether the hub's socket appeared within `timeout` seconds."""
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        if (directory / "hub.sock").exists():
+            return True
+        time.sleep(0.05)
+    return False

@@ -1,0 +1,92 @@
+"""The engine's end of the wire: a thread that ships messages to the hub and never blocks a step.
+
+Torch-free. One Sender per role and process. When the hub is away or slow, messages are dropped
+and counted; the counters travel in the next Hello.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+
+import zmq
+
+from neuroscope_vllm.core import wire
+
+HELLO_INTERVAL_S = 1.0
+_STOP = object()
+
+
+class Sender:
+    """Queue in front, DEALER socket behind.
+
+    `hello` is called once a second, on the sender's thread, with the current counters.
+    """
+
+    def __init__(
+        self, endpoint: str, hello: Callable[[dict[str, int]], wire.Hello], capacity: int = 1024
+    ) -> None:
+        self.counters: Counter[str] = Counter()
+        self._endpoint = endpoint
+        self._hello = hello
+        self._queue: queue.Queue[object] = queue.Queue(capacity)
+        self._thread = threading.Thread(target=self._run, name="neuroscope-sender", daemon=True)
+        self._thread.start()
+
+    def put(self, message: wire.Message) -> bool:
+        """Queue a message; False (and counted) when the queue is full. Never blocks."""
+        try:
+            self._queue.put_nowait(message)
+        except queue.Full:
+            self.counters["messages_dropped"] += 1
+            return False
+        return True
+
+    def close(self, timeout: float = 1.0) -> None:
+        """Flush what is queued, say goodbye, and end the thread."""
+        try:
+            self._queue.put(_STOP, timeout=timeout)
+        except queue.Full:
+            return
+        self._thread.join(timeout)
+
+    def _run(self) -> None:
+        context = zmq.Context()
+        socket = context.socket(zmq.DEALER)
+        # Queue nothing inside ZMQ for a hub that is not there: drop here, where it is counted.
+        socket.setsockopt(zmq.IMMEDIATE, 1)
+        socket.setsockopt(zmq.SNDHWM, 256)
+        socket.setsockopt(zmq.LINGER, 500)
+        socket.setsockopt(zmq.RECONNECT_IVL, 50)
+        socket.setsockopt(zmq.RECONNECT_IVL_MAX, 500)
+        socket.connect(self._endpoint)
+        next_hello = 0.0
+        while True:
+            now = time.monotonic()
+            if now >= next_hello:
+                sent = self._send(socket, self._hello(dict(self.counters)), count=False)
+                next_hello = now + (HELLO_INTERVAL_S if sent else 0.05)
+            try:
+                message = self._queue.get(timeout=max(0.0, next_hello - now))
+            except queue.Empty:
+                continue
+            if message is _STOP:
+                break
+            self._send(socket, message)  # type: ignore[arg-type]
+        self._send(socket, wire.Goodbye(self._hello(dict(self.counters)).sender), count=False)
+        socket.close()
+        context.term()
+
+    def _send(self, socket: zmq.Socket[bytes], message: wire.Message, count: bool = True) -> bool:
+        try:
+            socket.send(wire.encode(message), zmq.NOBLOCK)
+        except zmq.Again:
+            if count:
+                self.counters["messages_dropped"] += 1
+            return False
+        if count:
+            self.counters["messages_sent"] += 1
+        return True

@@ -1,0 +1,172 @@
+"""The front process: resolve the configuration, check it against the model, start the side process.
+
+Everything that can be wrong is said here, in one sentence, before an engine process exists.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from vllm.config import VllmConfig
+
+from neuroscope_vllm.core import launch
+from neuroscope_vllm.core.config import RUNTIME_VARIABLE, Settings, resolve
+from neuroscope_vllm.core.errors import ConfigError, NeuroscopeError
+from neuroscope_vllm.core.sae import check_fits, load_sae, read_sae_info
+from neuroscope_vllm.engine.vllm import plugin
+from neuroscope_vllm.engine.vllm.refusals import check_served, warnings
+from neuroscope_vllm.engine.vllm.settings import KEY, SiteSettings, WorkerSettings, given_flags
+
+logger = logging.getLogger(__name__)
+
+
+def create_engine_config(original: Any, engine_args: Any, *args: Any, **kwargs: Any) -> VllmConfig:
+    """vLLM's own `create_engine_config`, then ours on top. Runs once per front process.
+
+    API servers beside the first (`--api-server-count`) find the side process running and only
+    pass its address on.
+    """
+    serving = _is_server(args, kwargs)
+    try:
+        settings = resolve(given_flags(engine_args))
+        if not settings.configured:
+            return original(engine_args, *args, **kwargs)
+        listener = None
+        if serving and settings.hub is None and RUNTIME_VARIABLE not in os.environ:
+            # Before vLLM's own work: a taken port should not cost a model download.
+            listener = launch.listen(settings.features_host, settings.features_port)
+        vllm_config = original(engine_args, *args, **kwargs)
+        check_served(vllm_config)
+        sites = _sites(settings, vllm_config)
+        endpoint = _endpoint(settings, vllm_config, listener, sites)
+    except NeuroscopeError as error:
+        if serving:
+            sys.exit(f"neuroscope: {error}")
+        raise
+    resolved = WorkerSettings(
+        sites=sites,
+        endpoint=endpoint,
+        model=_served_name(vllm_config),
+        settings=settings,
+    )
+    vllm_config.additional_config = {
+        **vllm_config.additional_config,
+        KEY: resolved.to_dict(),
+    }
+    plugin.wrap_engine()
+    for sentence in warnings(vllm_config):
+        logger.warning("neuroscope: %s", sentence)
+    return vllm_config
+
+
+def _sites(settings: Settings, vllm_config: VllmConfig) -> list[SiteSettings]:
+    model = vllm_config.model_config
+    num_layers = model.get_total_num_hidden_layers()
+    sites = []
+    for i, source in enumerate(settings.sae):
+        info = read_sae_info(source)
+        layer = settings.layer[i] if settings.layer else info.layer
+        if layer is None:
+            raise ConfigError(f"SAE {source} does not record its layer; give one with layer.")
+        check_fits(info, d_model=model.get_hidden_size(), num_layers=num_layers, layer=layer)
+        if RUNTIME_VARIABLE not in os.environ:
+            load_sae(source)  # finds NaN and truncation now rather than in a worker
+        calibration = settings.calibration[i] if settings.calibration else _beside(source)
+        sites.append(SiteSettings(layer, source, info, calibration))
+    return sorted(sites, key=lambda site: site.layer)
+
+
+def _beside(source: str) -> str | None:
+    """The calibration that ships in an SAE's own folder."""
+    path = Path(source) / "calibration.safetensors"
+    return str(path) if path.is_file() else None
+
+
+def _labels(settings: Settings) -> list[str]:
+    if settings.labels:
+        return settings.labels
+    return [str(p) for source in settings.sae for p in sorted(Path(source).glob("labels/*.jsonl"))]
+
+
+def _endpoint(
+    settings: Settings,
+    vllm_config: VllmConfig,
+    listener: Any,
+    sites: list[SiteSettings],
+) -> str:
+    """Where workers connect; starts the side process if this process is to have one."""
+    if settings.hub is not None:
+        os.environ.setdefault(RUNTIME_VARIABLE, settings.hub)
+        return settings.hub
+    if directory := os.environ.get(RUNTIME_VARIABLE):
+        return launch.endpoint_of(Path(directory))
+    if listener is None:
+        raise ConfigError(
+            "neuroscope has no hub to send features to: offline engines need `hub`, the endpoint"
+            " of a running side process."
+        )
+    directory = launch.runtime_directory()
+    side = launch.launch(
+        settings,
+        model=_served_name(vllm_config),
+        directory=directory,
+        listener=listener,
+        tokenizer_file=_tokenizer_file(vllm_config, directory),
+        upstream=settings.upstream or _own_url(),
+        labels=_labels(settings),
+    )
+    atexit.register(side.stop)
+    layers = ", ".join(str(site.layer) for site in sites)
+    logger.info(
+        "neuroscope: features of layer %s on http://%s:%d",
+        layers,
+        *listener.getsockname()[:2],
+    )
+    return launch.endpoint_of(directory)
+
+
+def _tokenizer_file(vllm_config: VllmConfig, directory: Path) -> Path | None:
+    """vLLM's own tokenizer as a tokenizer.json, so that the hub's text is vLLM's text."""
+    from vllm.tokenizers import cached_tokenizer_from_config
+
+    tokenizer = cached_tokenizer_from_config(vllm_config.model_config)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return None
+    path = directory / "tokenizer.json"
+    backend.save(str(path))
+    return path
+
+
+def _served_name(vllm_config: VllmConfig) -> str:
+    name = vllm_config.model_config.served_model_name
+    if isinstance(name, list):
+        name = name[0] if name else None
+    return name or vllm_config.model_config.model
+
+
+def _own_url() -> str | None:
+    """vLLM's base URL as this process was asked to serve it; None if it is not a server.
+
+    The port is no part of EngineArgs, so vLLM's own parser reads the command line once more.
+    """
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    words = sys.argv[2:] if sys.argv[1:2] == ["serve"] else sys.argv[1:]
+    given, _ = make_arg_parser(FlexibleArgumentParser()).parse_known_args(words)
+    scheme = "https" if given.ssl_certfile else "http"
+    host = given.host if given.host not in (None, "", "0.0.0.0", "::") else "127.0.0.1"
+    return f"{scheme}://{host}:{given.port}"
+
+
+def _is_server(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    from vllm.usage.usage_lib import UsageContext
+
+    context = kwargs.get("usage_context", args[0] if args else None)
+    return context == UsageContext.OPENAI_API_SERVER

@@ -1,0 +1,80 @@
+"""The hook in the decoder loop, and the custom op that lives in the compiled graph.
+
+Under FULL CUDA graphs no Python of the model runs on replay. So the hook is an op that writes a
+persistent buffer: allocated once when the model is built, read by `pipeline` after each step,
+valid until the next forward pass begins.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from neuroscope_vllm.engine.vllm.settings import worker_settings
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+_library = torch.library.Library("neuroscope", "DEF")
+_library.define("observe(Tensor hidden, Tensor residual, Tensor(a!) buffer) -> ()")
+
+
+def _observe(hidden: Tensor, residual: Tensor, buffer: Tensor) -> None:
+    """buffer[:n] = hidden + residual; n <= len(buffer) rows, the step's padded batch."""
+    torch.add(hidden, residual, out=buffer[: hidden.shape[0]])
+
+
+_library.impl("observe", _observe, "CompositeExplicitAutograd")
+torch.library.register_fake("neuroscope::observe", lambda hidden, residual, buffer: None)
+
+
+class ActivationHook(nn.Module):
+    """Called after every decoder layer; keeps resid_post of the observed ones.
+
+    resid_post of a layer is `hidden + residual` as the layer returns them: vLLM adds the MLP
+    branch lazily, in the next norm. Both live tensors go into the op, for a sum computed outside
+    would be dead code to torch.compile and the buffer would stay zero.
+    """
+
+    def __init__(self, layers: list[int], num_rows: int, d_model: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        for layer in layers:
+            self.register_buffer(
+                _name(layer), torch.zeros(num_rows, d_model, dtype=dtype), persistent=False
+            )
+        self.layers = layers
+
+    @classmethod
+    def for_model(cls, vllm_config: VllmConfig, start_layer: int, end_layer: int) -> ActivationHook:
+        """The hook of a pipeline stage that owns the layers [start_layer, end_layer)."""
+        settings = worker_settings(vllm_config)
+        wanted = settings.layers if settings else []
+        model = vllm_config.model_config
+        return cls(
+            layers=[layer for layer in wanted if start_layer <= layer < end_layer],
+            num_rows=max_rows(vllm_config),
+            d_model=model.get_hidden_size(),
+            dtype=model.dtype,
+        )
+
+    def forward(self, layer: int, hidden: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        buffer = self._buffers.get(_name(layer))
+        if buffer is not None:
+            torch.ops.neuroscope.observe(hidden, residual, buffer)
+        return hidden, residual
+
+    def resid_post(self, layer: int) -> Tensor:
+        """[num_rows, d_model], model dtype; rows of the last step, then stale ones."""
+        return self.get_buffer(_name(layer))
+
+
+def max_rows(vllm_config: VllmConfig) -> int:
+    """Most rows a forward pass can have, CUDA-graph padding included."""
+    capture = getattr(vllm_config.compilation_config, "max_cudagraph_capture_size", None) or 0
+    return max(vllm_config.scheduler_config.max_num_batched_tokens, capture)
+
+
+def _name(layer: int) -> str:
+    return f"resid_post_{layer}"

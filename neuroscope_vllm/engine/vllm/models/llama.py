@@ -1,0 +1,24 @@
+"""Llama, and everything that loads as LlamaForCausalLM (SmolLM2), with the activation hook in its decoder loop."""
+
+from __future__ import annotations
+
+from vllm.compilation.decorators import support_torch_compile
+from vllm.config import VllmConfig
+from vllm.model_executor.models import llama
+
+from neuroscope_vllm.engine.vllm.models.decoder import (
+    DYNAMIC_DIMS,
+    ObservedDecoder,
+    building_with,
+)
+
+
+@support_torch_compile(dynamic_arg_dims=DYNAMIC_DIMS)
+class ObservedLlamaModel(ObservedDecoder, llama.LlamaModel):
+    pass
+
+
+class ObservedLlamaForCausalLM(llama.LlamaForCausalLM):
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        with building_with(llama, "LlamaModel", ObservedLlamaModel):
+            super().__init__(vllm_config=vllm_config, prefix=prefix)

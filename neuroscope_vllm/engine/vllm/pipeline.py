@@ -1,0 +1,196 @@
+"""Rows of a step to top features to a message, beside the engine's loop.
+
+The runner's thread only copies the step's rows out of the hook's buffers (stream-ordered, no
+sync). A thread of our own encodes them, on CUDA on a stream of its own, brings the result to the
+host in one copy per step and hands it to the sender. The runner never waits for any of it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import queue
+import threading
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from neuroscope_vllm.core import wire
+from neuroscope_vllm.core.sae.encoder import TopKEncoder
+from neuroscope_vllm.engine.vllm.step import StepView
+
+logger = logging.getLogger(__name__)
+
+_STOP = None
+
+
+@dataclass(frozen=True, slots=True)
+class LayerEncoder:
+    """Everything that turns one layer's rows into packed results."""
+
+    layer: int
+    rows: Tensor
+    """The hook's persistent buffer, [max_rows, d_model]."""
+    topk: TopKEncoder
+    sink_norm: float | None
+    rms_input: bool
+
+    @property
+    def packed_width(self) -> int:
+        return 3 * self.topk.k + 2
+
+    def encode(self, rows: Tensor) -> Tensor:
+        """int32[n, 3k + 2]: index, activation bits, score bits, l0, sink, in that order."""
+        rows = rows.float()
+        norm = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+        if self.rms_input:
+            rows = rows * (rows.shape[1] ** 0.5 / norm)
+        index, activation, score, l0 = self.topk.encode(rows)
+        if self.sink_norm is None:
+            sink = torch.zeros_like(norm, dtype=torch.bool)
+        else:
+            sink = norm > self.sink_norm
+            index = index.masked_fill(sink, -1)
+            activation = activation.masked_fill(sink, 0.0)
+            score = score.masked_fill(sink, 0.0)
+        bits = [activation.view(torch.int32), score.view(torch.int32)]
+        return torch.cat([index.int(), *bits, l0.int().unsqueeze(1), sink.int()], dim=1)
+
+    def message(self, packed: Tensor) -> wire.LayerFeatures:
+        k = self.topk.k
+        host = packed.numpy()
+        return wire.LayerFeatures(
+            layer=self.layer,
+            top_k=k,
+            index=host[:, :k].tobytes(),
+            activation=host[:, k : 2 * k].tobytes(),
+            score=host[:, 2 * k : 3 * k].tobytes(),
+            l0=host[:, 3 * k].tobytes(),
+            sink=host[:, 3 * k + 1].astype("u1").tobytes(),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    step: StepView  # tensors copied
+    rows: list[Tensor]  # one per layer encoder
+    ready: torch.cuda.Event | None
+
+
+class EncodePipeline:
+    """Encodes every row of every step of one worker.
+
+    Steps wait in a queue bounded by rows; past `max_pending_rows` a step is dropped and counted
+    (`rows_dropped`), so a model that outruns its SAE costs features, never tokens.
+    """
+
+    def __init__(
+        self,
+        encoders: list[LayerEncoder],
+        send: Callable[[wire.StepFeatures], object],
+        dp_rank: int,
+        max_pending_rows: int,
+    ) -> None:
+        self.counters: Counter[str] = Counter()
+        self._encoders = encoders
+        self._send = send
+        self._dp_rank = dp_rank
+        self._device = encoders[0].rows.device
+        self._max_pending_rows = max_pending_rows
+        self._pending_rows = 0
+        self._lock = threading.Lock()
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="neuroscope-encode", daemon=True)
+        self._thread.start()
+
+    def submit(self, step: StepView) -> None:
+        """Copy the step's rows and queue them. Runner's thread; no sync, no wait."""
+        count = step.num_rows
+        self.counters["rows_observed"] += count
+        with self._lock:
+            if self._pending_rows + count > self._max_pending_rows:
+                self.counters["rows_dropped"] += count
+                return
+            self._pending_rows += count
+        rows = [encoder.rows[:count].clone() for encoder in self._encoders]
+        copied = StepView(
+            step.request_ids, step.row_starts, step.positions.int(), step.token_ids.clone()
+        )
+        ready = None
+        if self._device.type == "cuda":
+            ready = torch.cuda.Event()
+            ready.record()
+        self._jobs.put(_Job(copied, rows, ready))
+
+    def close(self) -> None:
+        self._jobs.put(_STOP)
+        self._thread.join(timeout=5)
+
+    @torch.inference_mode()
+    def _run(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)
+            stream: torch.cuda.Stream | None = torch.cuda.Stream(self._device)
+        else:
+            _use_any_core()
+            stream = None
+        with torch.cuda.stream(stream):
+            while (job := self._jobs.get()) is not _STOP:
+                try:
+                    self._send(self._encode(job))
+                    self.counters["rows_encoded"] += job.step.num_rows
+                except Exception:  # thread boundary: chat goes on, the loss is counted and logged
+                    self.counters["rows_failed"] += job.step.num_rows
+                    logger.exception("neuroscope: encoding a step failed")
+                with self._lock:
+                    self._pending_rows -= job.step.num_rows
+
+    def _encode(self, job: _Job) -> wire.StepFeatures:
+        if job.ready is not None:
+            torch.cuda.current_stream().wait_event(job.ready)
+        columns = [
+            encoder.encode(rows)
+            for encoder, rows in zip(self._encoders, job.rows, strict=True)
+        ]
+        columns += [job.step.positions.int().unsqueeze(1), job.step.token_ids.int().unsqueeze(1)]
+        packed = _to_host(torch.cat(columns, dim=1))
+        layers, offset = [], 0
+        for encoder in self._encoders:
+            layers.append(encoder.message(packed[:, offset : offset + encoder.packed_width]))
+            offset += encoder.packed_width
+        bounds = itertools.pairwise(job.step.row_starts)
+        spans = [
+            wire.Span(request_id, start, stop)
+            for request_id, (start, stop) in zip(job.step.request_ids, bounds, strict=True)
+        ]
+        host = packed.numpy()
+        return wire.StepFeatures(
+            dp_rank=self._dp_rank,
+            spans=spans,
+            positions=host[:, offset].tobytes(),
+            token_ids=host[:, offset + 1].tobytes(),
+            layers=layers,
+        )
+
+
+def _to_host(packed: Tensor) -> Tensor:
+    if packed.device.type == "cpu":
+        return packed
+    host = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)
+    host.copy_(packed, non_blocking=True)
+    # Waiting here, on our own thread and with the GIL released, holds up nobody.
+    torch.cuda.current_stream().synchronize()
+    return host
+
+
+def _use_any_core() -> None:
+    """Undo the pinning that this thread inherits from vLLM's CPU worker.
+
+    vLLM binds its compute threads to cores and leaves some to the front end; on its own core the
+    encode would take turns with the forward pass instead of running beside it.
+    """
+    os.sched_setaffinity(0, range(os.cpu_count() or 1))

@@ -1,0 +1,113 @@
+"""The `vllm.general_plugins` entry point. vLLM runs `register` in every process it starts.
+
+It wraps three late-bound seams and does nothing else until neuroscope is configured:
+- `EngineArgs.create_engine_config` in the front process: resolve, check, start the side process;
+- `WorkerWrapperBase.init_device` in workers: arm the model runner before it loads the model;
+- `Scheduler.__init__` and `EngineCore.preprocess_add_request` in engine cores: tap the scheduler.
+Wrapping is idempotent. Importing this module imports nothing heavy.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from neuroscope_vllm.core.config import RUNTIME_VARIABLE
+
+_MARK = "_neuroscope_wrapped"
+
+
+def register() -> None:
+    """Called by vLLM, possibly several times in a process."""
+    # Only modules already loaded are wrapped: the process that needs a seam has imported it.
+    if "vllm.engine.arg_utils" in sys.modules:
+        from vllm.engine.arg_utils import EngineArgs
+
+        wrap(EngineArgs, "create_engine_config", _create_engine_config)
+    if "vllm.v1.worker.worker_base" in sys.modules:
+        from vllm.v1.worker.worker_base import WorkerWrapperBase
+
+        wrap(WorkerWrapperBase, "init_device", _init_device)
+    if RUNTIME_VARIABLE in os.environ:
+        wrap_engine()
+
+
+def wrap_engine() -> None:
+    """Wrap what forked engine processes will inherit, and what spawned ones need."""
+    from vllm.config import VllmConfig
+    from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.engine.core import EngineCore
+    from vllm.v1.worker.worker_base import WorkerWrapperBase
+
+    wrap(VllmConfig, "compute_hash", _compute_hash)
+    wrap(Scheduler, "__init__", _scheduler_init)
+    wrap(EngineCore, "preprocess_add_request", _preprocess_add_request)
+    wrap(WorkerWrapperBase, "init_device", _init_device)
+
+
+def wrap(owner: type, name: str, wrapper: Callable[..., Any]) -> None:
+    """Replace `owner.name` by `wrapper(original, self, ...)`, once."""
+    original = getattr(owner, name)
+    if getattr(original, _MARK, False):
+        return
+
+    @functools.wraps(original)
+    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return wrapper(original, self, *args, **kwargs)
+
+    setattr(wrapped, _MARK, True)
+    setattr(owner, name, wrapped)
+
+
+def _create_engine_config(original: Any, engine_args: Any, *args: Any, **kwargs: Any) -> Any:
+    from neuroscope_vllm.engine.vllm import front
+
+    return front.create_engine_config(original, engine_args, *args, **kwargs)
+
+
+def _init_device(original: Any, wrapper: Any, *args: Any, **kwargs: Any) -> Any:
+    from neuroscope_vllm.engine.vllm.settings import worker_settings
+
+    result = original(wrapper, *args, **kwargs)
+    if worker_settings(wrapper.vllm_config) is not None:
+        from neuroscope_vllm.engine.vllm import worker
+
+        wrap_engine()
+        worker.arm(wrapper.worker.model_runner, wrapper.vllm_config)
+    return result
+
+
+def _scheduler_init(original: Any, scheduler: Any, *args: Any, **kwargs: Any) -> None:
+    from neuroscope_vllm.engine.vllm import scheduler as tap
+
+    original(scheduler, *args, **kwargs)
+    tap.attach(scheduler, scheduler.vllm_config)
+
+
+def _preprocess_add_request(original: Any, engine_core: Any, request: Any) -> Any:
+    tap = getattr(engine_core.scheduler, "neuroscope_tap", None)
+    if tap is not None:
+        tap.started(request)
+    return original(engine_core, request)
+
+
+def _compute_hash(original: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> str:
+    """Salt the compile cache with what the graph depends on, and only that.
+
+    vLLM hashes additional_config as a whole; ours holds paths and ports that change between runs
+    without changing the graph.
+    """
+    from neuroscope_vllm.engine.vllm.settings import KEY, worker_settings
+
+    settings = worker_settings(vllm_config)
+    if settings is None:
+        return original(vllm_config, *args, **kwargs)
+    full = vllm_config.additional_config
+    vllm_config.additional_config = {**full, KEY: settings.graph_salt()}
+    try:
+        return original(vllm_config, *args, **kwargs)
+    finally:
+        vllm_config.additional_config = full

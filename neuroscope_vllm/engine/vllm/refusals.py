@@ -1,0 +1,54 @@
+"""Configurations we can not serve truthfully, and ones that make features less certain."""
+
+from __future__ import annotations
+
+from vllm.config import VllmConfig
+
+from neuroscope_vllm.core.errors import ConfigError
+from neuroscope_vllm.engine.vllm.models import OBSERVED
+
+
+def check_served(vllm_config: VllmConfig) -> None:
+    """Raises ConfigError with the reason if the stream could not be trusted."""
+    model = vllm_config.model_config
+    parallel = vllm_config.parallel_config
+    speculative = vllm_config.speculative_config
+    architecture = model.architecture
+    if architecture not in OBSERVED:
+        raise ConfigError(
+            f"{architecture} is not a supported architecture; neuroscope observes"
+            f" {', '.join(OBSERVED)}, so serve such a model or leave neuroscope unconfigured."
+        )
+    reasons = {
+        "dual-batch overlap (--enable-dbo) runs each layer on half batches, so rows can not be"
+        " told apart": getattr(parallel, "use_ubatching", False),
+        "decode context parallelism splits a request's rows over ranks": (
+            getattr(parallel, "decode_context_parallel_size", 1) > 1
+        ),
+        "prefill context parallelism splits a request's rows over ranks": (
+            getattr(parallel, "prefill_context_parallel_size", 1) > 1
+        ),
+        "sequence parallelism shards the residual stream over ranks": bool(
+            getattr(vllm_config.compilation_config.pass_config, "enable_sp", False)
+        ),
+        "adaptive draft verification leaves row boundaries on the GPU": bool(
+            getattr(speculative, "enable_adaptive_verification", False)
+        ),
+        "EAGLE-3 drafting takes auxiliary hidden states from the decoder loop we replace": bool(
+            speculative is not None and speculative.method == "eagle3"
+        ),
+    }
+    for reason, refused in reasons.items():
+        if refused:
+            raise ConfigError(f"neuroscope can not serve this configuration: {reason}.")
+
+
+def warnings(vllm_config: VllmConfig) -> list[str]:
+    """Sentences for the log and for /v1/features/describe."""
+    found = []
+    if vllm_config.lora_config is not None:
+        found.append("LoRA adapters shift the residual stream; features of adapted requests drift.")
+    quantization = vllm_config.model_config.quantization
+    if quantization is not None and any(q in quantization for q in ("awq", "gptq", "int4")):
+        found.append(f"{quantization} weights change activations; expect features to drift.")
+    return found

@@ -1,0 +1,65 @@
+"""What the front process decides and every worker reads, inside VllmConfig.additional_config.
+
+The dict form travels with vLLM's own config to every process, Ray workers included.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from neuroscope_vllm.core.config import Settings
+from neuroscope_vllm.core.sae.info import SAEInfo
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+KEY = "neuroscope"
+GRAPH_VERSION = 1
+"""Raise when what the hook adds to the compiled graph changes."""
+
+
+class SiteSettings(msgspec.Struct, frozen=True):
+    """One layer to observe."""
+
+    layer: int
+    source: str
+    info: SAEInfo
+    calibration: str | None
+
+
+class WorkerSettings(msgspec.Struct, frozen=True):
+    """Resolved: paths found, layers known, defaults filled in."""
+
+    sites: list[SiteSettings]
+    endpoint: str
+    model: str
+    settings: Settings
+
+    @property
+    def layers(self) -> list[int]:
+        return [site.layer for site in self.sites]
+
+    def graph_salt(self) -> str:
+        """What the compiled graph depends on; a cache made with another salt is not ours."""
+        saes = ",".join(f"{s.layer}:{s.source}@{s.info.revision}" for s in self.sites)
+        return f"neuroscope-{GRAPH_VERSION}:{saes}"
+
+    def to_dict(self) -> dict[str, Any]:
+        return msgspec.to_builtins(self)
+
+
+def given_flags(vllm_config_or_args: Any) -> dict[str, Any]:
+    """The user's `{"neuroscope": {...}}`, from EngineArgs before anything is resolved."""
+    additional = vllm_config_or_args.additional_config
+    return dict(additional.get(KEY) or {}) if isinstance(additional, dict) else {}
+
+
+def worker_settings(vllm_config: VllmConfig) -> WorkerSettings | None:
+    """The resolved settings that `front` stored, or None when neuroscope is not configured."""
+    additional = vllm_config.additional_config
+    resolved = additional.get(KEY) if isinstance(additional, dict) else None
+    if not resolved or "sites" not in resolved:
+        return None
+    return msgspec.convert(resolved, WorkerSettings)

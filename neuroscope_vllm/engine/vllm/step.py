@@ -1,0 +1,100 @@
+"""Whose rows are in a step: one StepView for both of vLLM's model runners.
+
+The mapping is read where vLLM has just made it, never before `execute_model`: V1 sorts and
+condenses its batch in `_update_states`, V2 sorts in `gather_batch_req_state`. Dummy, profile and
+capture runs pass through neither seam, so their rows never leave.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class StepView:
+    """The rows of one forward pass.
+
+    `positions` and `token_ids` are vLLM's own device buffers cut to the step's rows; they are
+    valid until the next step is prepared.
+    """
+
+    request_ids: list[str]  # internal ids, in row order
+    row_starts: list[int]  # len(request_ids) + 1; rows of request i: [row_starts[i], [i + 1])
+    positions: Tensor  # int[num_rows], absolute in the request's context
+    token_ids: Tensor  # int[num_rows]
+
+    @property
+    def num_rows(self) -> int:
+        return self.row_starts[-1]
+
+
+def watch_steps(runner: Any, on_step: Callable[[StepView], None]) -> None:
+    """Call `on_step` after each real forward pass of `runner`, on the runner's thread.
+
+    At that moment the hook's buffers hold the step's rows (stream-ordered on CUDA).
+    """
+    prepare = _watch_v2_inputs if is_v2(runner) else _watch_v1_inputs
+    pending: list[StepView] = []
+    prepare(runner, pending)
+    execute_model = runner.execute_model
+
+    def execute_and_report(*args: Any, **kwargs: Any) -> Any:
+        pending.clear()
+        output = execute_model(*args, **kwargs)
+        if pending:
+            on_step(pending.pop())
+        return output
+
+    runner.execute_model = execute_and_report
+
+
+def is_v2(runner: Any) -> bool:
+    return hasattr(runner, "prepare_inputs")
+
+
+def _watch_v2_inputs(runner: Any, pending: list[StepView]) -> None:
+    prepare_inputs = runner.prepare_inputs
+
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        batch = prepare_inputs(*args, **kwargs)
+        starts = batch.query_start_loc_np[: batch.num_reqs + 1].tolist()
+        pending[:] = [_view(batch.req_ids, starts, batch.positions, batch.input_ids)]
+        return batch
+
+    runner.prepare_inputs = wrapper
+
+
+def _watch_v1_inputs(runner: Any, pending: list[StepView]) -> None:
+    prepare_inputs = runner._prepare_inputs
+
+    def wrapper(scheduler_output: Any, num_scheduled_tokens: Any, *args: Any, **kwargs: Any) -> Any:
+        result = prepare_inputs(scheduler_output, num_scheduled_tokens, *args, **kwargs)
+        starts = [0, *np.cumsum(num_scheduled_tokens).tolist()]
+        pending[:] = [
+            _view(
+                list(runner.input_batch.req_ids),
+                starts,
+                _device_tensor(runner.positions),
+                _device_tensor(runner.input_ids),
+            )
+        ]
+        return result
+
+    runner._prepare_inputs = wrapper
+
+
+def _view(
+    request_ids: list[str], row_starts: list[int], positions: Tensor, token_ids: Tensor
+) -> StepView:
+    rows = row_starts[-1]
+    return StepView(request_ids, row_starts, positions[:rows], token_ids[:rows])
+
+
+def _device_tensor(buffer: Any) -> Tensor:
+    """V1 keeps some inputs as a CPU/GPU pair and some as plain tensors, varying by version."""
+    return buffer if isinstance(buffer, Tensor) else buffer.gpu

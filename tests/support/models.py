@@ -1,0 +1,134 @@
+"""Small random models and SAEs in the real file layouts, built from configs on the fly."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
+from tokenizers import models as tokenizer_models
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+)
+
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}<turn>{{ m['role'] }}\n{{ m['content'] }}<end>\n"
+    "{% endfor %}{% if add_generation_prompt %}<turn>model\n{% endif %}"
+)
+TRAINING_TEXT = [
+    "The quick brown fox jumps over the lazy dog while the rain falls on the plain.",
+    "Paris is the capital of France, and Rome is the capital of Italy; both are old cities.",
+    "def add(a, b):\n    return a + b\n\nfor i in range(10):\n    print(add(i, 1))\n",
+    "What a lovely day! How are you feeling, my friend? I am happy 😀 and a little tired.",
+    "你好，世界。 مرحبا بالعالم. Привет, мир. 1234567890 + 42 = ?",
+] * 4
+
+
+def write_tokenizer(folder: Path, vocab_size: int = 512) -> PreTrainedTokenizerFast:
+    """A byte-level BPE with a chat template; emoji and Chinese split over several tokens."""
+    tokenizer = Tokenizer(tokenizer_models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(
+        TRAINING_TEXT,
+        trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=["<pad>", "<eos>", "<bos>", "<turn>", "<end>"],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        ),
+    )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<bos>",
+        eos_token="<eos>",
+        pad_token="<pad>",
+        chat_template=CHAT_TEMPLATE,
+    )
+    fast.save_pretrained(folder)
+    return fast
+
+
+def write_tiny_model(
+    folder: Path, family: str, *, d_model: int = 64, layers: int = 26, seed: int = 0
+) -> Path:
+    """`family` is "gemma2" or "llama". Float32, random, with a tokenizer. Returns `folder`."""
+    folder.mkdir(parents=True)
+    tokenizer = write_tokenizer(folder)
+    shared = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": d_model,
+        "intermediate_size": 2 * d_model,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 32,
+        "max_position_embeddings": 2048,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        # Larger than the default 0.02, so that layers matter and tokens differ.
+        "initializer_range": 0.08,
+    }
+    if family == "gemma2":
+        config = Gemma2Config(**shared, query_pre_attn_scalar=32, sliding_window=512)
+    else:
+        config = LlamaConfig(**shared)
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.save_pretrained(folder)
+    return folder
+
+
+def write_saelens_sae(
+    folder: Path, *, d_model: int, width: int, layer: int, scale: float = 1.0, seed: int = 0
+) -> Path:
+    """A random JumpReLU SAE as SAELens saves it; about a tenth of the features fire."""
+    folder.mkdir(parents=True)
+    generator = torch.Generator().manual_seed(seed)
+    w_dec = torch.nn.functional.normalize(
+        torch.randn(width, d_model, generator=generator), dim=1
+    )
+    tensors = {
+        "W_enc": w_dec.T.contiguous(),
+        "W_dec": w_dec,
+        "b_enc": torch.randn(width, generator=generator) * 0.1 * scale,
+        "b_dec": torch.randn(d_model, generator=generator) * 0.1 * scale,
+        "threshold": torch.rand(width, generator=generator) * scale + scale,
+    }
+    save_file(tensors, folder / "sae_weights.safetensors")
+    config = {
+        "architecture": "jumprelu",
+        "d_in": d_model,
+        "d_sae": width,
+        "dtype": "float32",
+        "device": "cpu",
+        "apply_b_dec_to_input": False,
+        "normalize_activations": "none",
+        "reshape_activations": "none",
+        "metadata": {"hook_name": f"blocks.{layer}.hook_resid_post", "model_name": "tiny"},
+    }
+    (folder / "cfg.json").write_text(json.dumps(config))
+    return folder
+
+
+def write_gemma_scope_sae(folder: Path, *, d_model: int, width: int, seed: int = 0) -> Path:
+    """A random `params.npz` in Gemma Scope's layout; returns the folder that holds it."""
+    folder.mkdir(parents=True)
+    generator = np.random.default_rng(seed)
+    w_dec = generator.standard_normal((width, d_model), np.float32)
+    w_dec /= np.linalg.norm(w_dec, axis=1, keepdims=True)
+    np.savez(
+        folder / "params.npz",
+        W_enc=np.ascontiguousarray(w_dec.T),
+        W_dec=w_dec,
+        b_enc=np.zeros(width, np.float32),
+        b_dec=np.zeros(d_model, np.float32),
+        threshold=generator.random(width, np.float32) + 1.0,
+    )
+    return folder
