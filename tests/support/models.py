@@ -14,6 +14,7 @@ from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
     LlamaConfig,
+    Qwen2Config,
     PreTrainedTokenizerFast,
 )
 
@@ -57,7 +58,7 @@ def write_tokenizer(folder: Path, vocab_size: int = 512) -> PreTrainedTokenizerF
 def write_tiny_model(
     folder: Path, family: str, *, d_model: int = 64, layers: int = 26, seed: int = 0
 ) -> Path:
-    """`family` is "gemma2" or "llama". Float32, random, with a tokenizer. Returns `folder`."""
+    """`family` is "gemma2", "llama" or "qwen2". Float32, random, with a tokenizer. Returns `folder`."""
     folder.mkdir(parents=True)
     tokenizer = write_tokenizer(folder)
     shared = {
@@ -75,7 +76,9 @@ def write_tiny_model(
         # Larger than the default 0.02, so that layers matter and tokens differ.
         "initializer_range": 0.08,
     }
-    if family == "gemma2":
+    if family == "qwen2":
+        config = Qwen2Config(**shared)
+    elif family == "gemma2":
         config = Gemma2Config(**shared, query_pre_attn_scalar=32, sliding_window=512)
     else:
         config = LlamaConfig(**shared)

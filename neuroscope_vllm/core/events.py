@@ -1,0 +1,129 @@
+"""What a reader of the feature stream receives. Torch-free.
+
+One Struct per event; `EVENTS` names them as the SSE `event:` line does. On NDJSON and with
+`format=openai`, where there is no such line, the name travels inside as `"event"`.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+
+class Feature(msgspec.Struct, gc=False):
+    """One SAE feature on one token. `activation` is in the residual's own units."""
+
+    index: int
+    label: str | None
+    activation: float
+    score: float
+
+
+class RequestEvent(msgspec.Struct, omit_defaults=True, gc=False):
+    """First event of every choice. `created` is in unix seconds, `prompt_tokens` a count."""
+
+    request_id: str
+    internal_id: str
+    choice: int
+    model: str
+    prompt_tokens: int
+    created: float
+    layers: list[int]
+    dp_rank: int
+    lora: str | None = None
+
+
+class TokenEvent(msgspec.Struct, omit_defaults=True, gc=False):
+    """A token and its features; one event per observed layer.
+
+    Also the form of `prompt` events, which carry `phase` and no `token_index`. `features_at` is
+    null where the model never ran on the token or its features were lost; `layer` is null while
+    no worker has said which layers it observes.
+    """
+
+    request_id: str
+    choice: int
+    token_index: int | None
+    position: int
+    token: str
+    token_id: int
+    layer: int | None
+    top_features: list[Feature]
+    l0: int | None
+    features_at: Literal["self", "previous"] | None
+    phase: Literal["prompt"] | None = None
+    cached: bool = False
+    """Served from the prefix cache: nothing was computed, so there are no features."""
+    sink: bool = False
+    """An attention sink: its residual norm drowns every feature, so none is ranked."""
+
+
+GapReason = Literal["dropped", "slow_reader", "evicted", "restarted"]
+
+
+class GapEvent(
+    msgspec.Struct, rename={"start": "from", "stop": "to"}, omit_defaults=True, gc=False
+):
+    """Something is missing, and how much.
+
+    `dropped`: features of positions [from, to) of one choice were lost on their way here; the
+    tokens follow without features. `slow_reader`: `count` events went by faster than this reader
+    took them. `evicted`: `count` events are no longer kept. `restarted`: the side process is not
+    the one that gave the reader its last event id, so nobody knows how many.
+    """
+
+    reason: GapReason
+    request_id: str | None = None
+    choice: int | None = None
+    start: int | None = None
+    stop: int | None = None
+    count: int | None = None
+
+
+class DoneEvent(msgspec.Struct, gc=False):
+    """Last event of every choice. `dropped` counts positions whose features were lost."""
+
+    request_id: str
+    choice: int
+    finish_reason: str
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+    dropped: int
+
+
+class ErrorBody(msgspec.Struct):
+    """OpenAI's error object."""
+
+    message: str
+    type: str
+    param: str | None = None
+    code: str | None = None
+
+
+class ErrorEvent(msgspec.Struct):
+    """Something went wrong with a request after it began, e.g. its engine went away."""
+
+    request_id: str
+    choice: int
+    error: ErrorBody
+
+
+class GoodbyeEvent(msgspec.Struct):
+    """The side process shuts down; connect again later, with the last event id."""
+
+    reason: str
+
+
+EVENTS: dict[str, type[msgspec.Struct]] = {
+    "request": RequestEvent,
+    "prompt": TokenEvent,
+    "token": TokenEvent,
+    "gap": GapEvent,
+    "done": DoneEvent,
+    "error": ErrorEvent,
+    "goodbye": GoodbyeEvent,
+}
+
+encoder = msgspec.json.Encoder()

@@ -1,0 +1,33 @@
+"""Fixtures shared by all tests: a clean environment and the tiny models, built once."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.support import models
+
+
+@pytest.fixture(autouse=True)
+def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [n for n in os.environ if n.startswith("NEUROSCOPE_")]:
+        monkeypatch.delenv(name)
+
+
+@pytest.fixture(scope="session")
+def tiny_gemma2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return models.write_tiny_model(tmp_path_factory.mktemp("models") / "gemma2", "gemma2")
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return models.write_tiny_model(tmp_path_factory.mktemp("models") / "llama", "llama")
+
+
+@pytest.fixture(scope="session")
+def tiny_sae(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Reads layer 20 of the tiny models."""
+    folder = tmp_path_factory.mktemp("saes") / "layer_20"
+    return models.write_saelens_sae(folder, d_model=64, width=512, layer=20)

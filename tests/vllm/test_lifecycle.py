@@ -1,0 +1,169 @@
+"""Starting, watching over and ending the two servers, from the outside."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from tests.support.served import (
+    SMALL,
+    Served,
+    bin_path,
+    environment,
+    free_port,
+    start_neuroscope,
+    start_vllm,
+)
+
+EAGER = (*SMALL, "--enforce-eager")
+
+
+def side_processes(served: Served) -> list[psutil.Process]:
+    family = psutil.Process(served.process.pid).children(recursive=True)
+    return [p for p in family if "neuroscope_vllm.server" in p.cmdline()]
+
+
+def chat(served: Served, request_id: str, url: str | None = None) -> str:
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 4}
+    response = httpx.post(
+        f"{url or served.chat}/v1/chat/completions",
+        json=body,
+        headers={"X-Request-Id": request_id},
+        timeout=60,
+    )
+    response.raise_for_status()
+    return response.json()["choices"][0]["message"]["content"]
+
+
+def wait_until(condition: Callable[[], bool], timeout: float = 20) -> None:
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, "timed out"
+        time.sleep(0.1)
+
+
+@pytest.fixture(scope="module")
+def served(
+    tiny_llama: Path, tiny_sae: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Served]:
+    log = tmp_path_factory.mktemp("lifecycle") / "serve.log"
+    server = start_neuroscope(tiny_llama, tiny_sae, log, vllm_flags=EAGER)
+    try:
+        yield server.wait_ready()
+    finally:
+        server.stop()
+
+
+def test_banner_names_both_urls_the_sae_the_layer_and_cuda_graphs(
+    served: Served, tiny_sae: Path
+) -> None:
+    wait_until(lambda: "CUDA graphs" in served.log.read_text())
+    banner = served.log.read_text()
+    for piece in (f":{served.port}/v1", f"{served.features}/", "layer 20", str(tiny_sae)):
+        assert piece in banner
+
+
+def test_pass_through_reaches_vllm(served: Served) -> None:
+    assert httpx.get(f"{served.features}/v1/models").json()["data"][0]["id"] == "tiny"
+    text = chat(served, "through", url=served.features)
+    (trace,) = served.trace("chatcmpl-through")
+    tokens = [e["token"] for e in trace["events"] if e["event"] == "token"]
+    assert "".join(tokens) == text
+
+
+def test_a_killed_side_process_comes_back_while_chat_goes_on(served: Served) -> None:
+    (side,) = side_processes(served)
+    side.kill()
+    assert isinstance(chat(served, "meanwhile"), str)
+    wait_until(lambda: [p.pid for p in side_processes(served)] not in ([], [side.pid]))
+    served.wait_ready(f"{served.features}/health", timeout=20)
+    chat(served, "after")
+    (trace,) = served.trace("chatcmpl-after")
+    assert [e["event"] for e in trace["events"]].count("token") == 4
+
+
+def test_taken_port_stops_the_start_and_names_the_port(
+    served: Served, tiny_llama: Path, tiny_sae: Path, tmp_path: Path
+) -> None:
+    config = {"sae": str(tiny_sae), "features_port": served.features_port}
+    second = start_vllm(tiny_llama, tmp_path / "log", neuroscope=config, vllm_flags=EAGER)
+    assert second.process.wait(120) not in (0, None)
+    lines = [line for line in second.tail().splitlines() if "neuroscope:" in line]
+    assert len(lines) == 1
+    assert str(served.features_port) in lines[0]
+    assert "EngineCore" not in second.log.read_text()
+
+
+def test_ctrl_c_drains_and_exits_130_within_10_seconds(served: Served) -> None:
+    """Last in this module: it ends the shared server."""
+    family = psutil.Process(served.process.pid).children(recursive=True)
+    with httpx.stream("GET", f"{served.features}/v1/features/stream", timeout=30) as stream:
+        began = time.monotonic()
+        served.process.send_signal(signal.SIGINT)
+        assert served.process.wait(15) == 130
+        assert time.monotonic() - began < 10
+        assert "event: goodbye" in stream.read().decode()
+    _, alive = psutil.wait_procs(family, timeout=5)
+    assert alive == []
+
+
+def test_two_api_servers_share_one_side_process(
+    tiny_llama: Path, tiny_sae: Path, tmp_path: Path
+) -> None:
+    server = start_vllm(
+        tiny_llama,
+        tmp_path / "log",
+        neuroscope={"sae": str(tiny_sae)},
+        vllm_flags=(*EAGER, "--api-server-count", "2"),
+    )
+    try:
+        server.wait_ready()
+        assert len(side_processes(server)) == 1
+        (side,) = side_processes(server)
+        for i in range(6):
+            chat(server, f"many-{i}")
+            (trace,) = server.trace(f"chatcmpl-many-{i}")
+            assert [e["event"] for e in trace["events"]].count("token") == 4
+        server.process.kill()
+        wait_until(lambda: not side.is_running(), timeout=5)
+    finally:
+        for child in psutil.Process().children(recursive=True):
+            child.kill()
+        server.stop()
+
+
+def test_unconfigured_vllm_is_left_alone(tiny_llama: Path, tmp_path: Path) -> None:
+    server = start_vllm(tiny_llama, tmp_path / "log", vllm_flags=EAGER)
+    try:
+        server.wait_ready(f"{server.chat}/health")
+        assert isinstance(chat(server, "plain"), str)
+        assert side_processes(server) == []
+        family = [server.process.pid]
+        family += [p.pid for p in psutil.Process(server.process.pid).children(recursive=True)]
+        listening = {
+            c.laddr.port
+            for c in psutil.net_connections("tcp")
+            if c.status == psutil.CONN_LISTEN and c.pid in family
+        }
+        assert server.features_port not in listening
+        assert 8081 not in listening
+        assert "neuroscope" not in server.log.read_text().replace(str(tmp_path), "")
+        assert "Observed" not in server.log.read_text()
+    finally:
+        server.stop()
+
+
+def test_print_command_is_the_equivalent_vllm_serve(tiny_sae: Path) -> None:
+    words = [bin_path("neuroscope"), "serve", "some/model", "--sae", str(tiny_sae)]
+    words += ["--print-command", "--port", str(free_port()), "--", "--max-model-len", "99"]
+    printed = subprocess.run(words, env=environment(), capture_output=True, text=True, check=True)
+    assert printed.stdout.startswith("vllm serve some/model --port ")
+    assert "--max-model-len 99" in printed.stdout
+    assert str(tiny_sae) in printed.stdout
