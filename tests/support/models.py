@@ -14,8 +14,8 @@ from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
     LlamaConfig,
-    Qwen2Config,
     PreTrainedTokenizerFast,
+    Qwen2Config,
 )
 
 CHAT_TEMPLATE = (
@@ -58,7 +58,7 @@ def write_tokenizer(folder: Path, vocab_size: int = 512) -> PreTrainedTokenizerF
 def write_tiny_model(
     folder: Path, family: str, *, d_model: int = 64, layers: int = 26, seed: int = 0
 ) -> Path:
-    """`family` is "gemma2", "llama" or "qwen2". Float32, random, with a tokenizer. Returns `folder`."""
+    """Float32, random, with a tokenizer. `family`: "gemma2", "llama" or "qwen2"."""
     folder.mkdir(parents=True)
     tokenizer = write_tokenizer(folder)
     shared = {
@@ -94,9 +94,7 @@ def write_saelens_sae(
     """A random JumpReLU SAE as SAELens saves it; about a tenth of the features fire."""
     folder.mkdir(parents=True)
     generator = torch.Generator().manual_seed(seed)
-    w_dec = torch.nn.functional.normalize(
-        torch.randn(width, d_model, generator=generator), dim=1
-    )
+    w_dec = torch.nn.functional.normalize(torch.randn(width, d_model, generator=generator), dim=1)
     tensors = {
         "W_enc": w_dec.T.contiguous(),
         "W_dec": w_dec,

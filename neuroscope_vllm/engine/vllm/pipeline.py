@@ -12,6 +12,7 @@ import logging
 import os
 import queue
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,8 +25,6 @@ from neuroscope_vllm.core.sae.encoder import TopKEncoder
 from neuroscope_vllm.engine.vllm.step import StepView
 
 logger = logging.getLogger(__name__)
-
-_STOP = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +84,8 @@ class EncodePipeline:
     """Encodes every row of every step of one worker.
 
     Steps wait in a queue bounded by rows; past `max_pending_rows` a step is dropped and counted
-    (`rows_dropped`), so a model that outruns its SAE costs features, never tokens.
+    (`rows_dropped`), so a model that outruns its SAE costs features, never tokens. `submit_us` is
+    time spent on the runner's thread, `encode_us` on ours.
     """
 
     def __init__(
@@ -109,7 +109,9 @@ class EncodePipeline:
 
     def submit(self, step: StepView) -> None:
         """Copy the step's rows and queue them. Runner's thread; no sync, no wait."""
+        began = time.perf_counter()
         count = step.num_rows
+        self.counters["steps"] += 1
         self.counters["rows_observed"] += count
         with self._lock:
             if self._pending_rows + count > self._max_pending_rows:
@@ -125,9 +127,11 @@ class EncodePipeline:
             ready = torch.cuda.Event()
             ready.record()
         self._jobs.put(_Job(copied, rows, ready))
+        self.counters["submit_us"] += _microseconds_since(began)
 
     def close(self) -> None:
-        self._jobs.put(_STOP)
+        """Encode what is queued, then end the thread."""
+        self._jobs.put(None)
         self._thread.join(timeout=5)
 
     @torch.inference_mode()
@@ -139,10 +143,12 @@ class EncodePipeline:
             _use_any_core()
             stream = None
         with torch.cuda.stream(stream):
-            while (job := self._jobs.get()) is not _STOP:
+            while (job := self._jobs.get()) is not None:
+                began = time.perf_counter()
                 try:
                     self._send(self._encode(job))
                     self.counters["rows_encoded"] += job.step.num_rows
+                    self.counters["encode_us"] += _microseconds_since(began)
                 except Exception:  # thread boundary: chat goes on, the loss is counted and logged
                     self.counters["rows_failed"] += job.step.num_rows
                     logger.exception("neuroscope: encoding a step failed")
@@ -153,8 +159,7 @@ class EncodePipeline:
         if job.ready is not None:
             torch.cuda.current_stream().wait_event(job.ready)
         columns = [
-            encoder.encode(rows)
-            for encoder, rows in zip(self._encoders, job.rows, strict=True)
+            encoder.encode(rows) for encoder, rows in zip(self._encoders, job.rows, strict=True)
         ]
         columns += [job.step.positions.int().unsqueeze(1), job.step.token_ids.int().unsqueeze(1)]
         packed = _to_host(torch.cat(columns, dim=1))
@@ -175,6 +180,10 @@ class EncodePipeline:
             token_ids=host[:, offset + 1].tobytes(),
             layers=layers,
         )
+
+
+def _microseconds_since(began: float) -> int:
+    return round((time.perf_counter() - began) * 1e6)
 
 
 def _to_host(packed: Tensor) -> Tensor:

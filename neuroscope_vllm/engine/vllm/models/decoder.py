@@ -31,6 +31,13 @@ class ObservedDecoder(nn.Module):
     collected here; `refusals` keeps such configurations out.
     """
 
+    # What the vLLM model brings.
+    embed_input_ids: Any
+    layers: Any
+    norm: Any
+    start_layer: int
+    end_layer: int
+
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", **kwargs: Any) -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)
         self.activation_hook = ActivationHook.for_model(
@@ -44,6 +51,8 @@ class ObservedDecoder(nn.Module):
         intermediate_tensors: IntermediateTensors | None,
         inputs_embeds: torch.Tensor | None = None,
     ) -> torch.Tensor | IntermediateTensors:
+        hidden: Any
+        residual: Any
         if get_pp_group().is_first_rank:
             hidden = inputs_embeds if inputs_embeds is not None else self.embed_input_ids(input_ids)
             residual = None

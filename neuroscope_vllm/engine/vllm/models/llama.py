@@ -1,4 +1,4 @@
-"""Llama, and everything that loads as LlamaForCausalLM (SmolLM2), with the activation hook in its decoder loop."""
+"""Llama, and what loads as LlamaForCausalLM (SmolLM2), with the hook in its decoder loop."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from neuroscope_vllm.engine.vllm.models.decoder import (
 
 
 @support_torch_compile(dynamic_arg_dims=DYNAMIC_DIMS)
-class ObservedLlamaModel(ObservedDecoder, llama.LlamaModel):
+class ObservedLlamaModel(ObservedDecoder, llama.LlamaModel):  # pyright: ignore[reportIncompatibleMethodOverride]
     pass
 
 

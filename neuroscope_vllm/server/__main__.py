@@ -1,0 +1,87 @@
+"""`python -m neuroscope_vllm.server side.json`: run the side process.
+
+Ends on SIGTERM, and when the process that started it is gone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+import sys
+from pathlib import Path
+from types import FrameType
+
+import msgspec
+import uvicorn
+from sse_starlette.sse import AppStatus
+
+from neuroscope_vllm.core.launch import SideConfig
+from neuroscope_vllm.server.app import create_app
+from neuroscope_vllm.server.hub import Hub
+
+logger = logging.getLogger("neuroscope_vllm.server")
+
+POLL_S = 0.1
+GRACEFUL_S = 1
+
+
+class SideServer(uvicorn.Server):
+    """Uvicorn that leaves Ctrl-C to its parent: the terminal sends it to both, and requests
+    that the parent still drains should keep their features."""
+
+    def __init__(self, config: uvicorn.Config, parent_pid: int) -> None:
+        super().__init__(config)
+        self.parent_pid = parent_pid
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if sig == signal.SIGINT and self.parent_pid:
+            return
+        super().handle_exit(sig, frame)
+
+    def orphaned(self) -> bool:
+        return bool(self.parent_pid) and os.getppid() != self.parent_pid
+
+
+async def serve(config: SideConfig, listener: socket.socket) -> None:
+    app = create_app(config)
+    options = uvicorn.Config(
+        app,
+        access_log=False,
+        log_level="warning",
+        timeout_graceful_shutdown=GRACEFUL_S,
+        server_header=False,
+    )
+    server = SideServer(options, config.parent_pid)
+    farewell = asyncio.create_task(_say_goodbye(server, app.state.hub))
+    await server.serve(sockets=[listener])
+    farewell.cancel()
+
+
+async def _say_goodbye(server: SideServer, hub: Hub) -> None:
+    """Tell the readers as soon as the server is to end: uvicorn waits for their streams."""
+    while not server.should_exit:
+        await asyncio.sleep(POLL_S)
+        if server.orphaned():
+            server.should_exit = True
+    # sse-starlette looks for this only; it gives streams SHUTDOWN_GRACE_S from here.
+    AppStatus.should_exit = True
+    hub.close("shutdown")
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    if len(sys.argv) != 2:
+        sys.exit("usage: python -m neuroscope_vllm.server side.json")
+    config = msgspec.json.decode(Path(sys.argv[1]).read_bytes(), type=SideConfig)
+    listener = socket.socket(fileno=config.listen_fd)
+    host, port = listener.getsockname()[:2]
+    logger.info("neuroscope: features of %s on http://%s:%s", config.model, host, port)
+    asyncio.run(serve(config, listener))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""The side process's HTTP application, and what runs beside it: the hub and its ear."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI
+from tokenizers import Tokenizer
+
+from neuroscope_vllm.core.labels import LabelSet, load_labels
+from neuroscope_vllm.core.launch import SideConfig
+from neuroscope_vllm.server import errors
+from neuroscope_vllm.server.hub import Hub
+from neuroscope_vllm.server.ingest import Ingest
+from neuroscope_vllm.server.routes import features, page, proxy, requests, status, stream
+
+logger = logging.getLogger(__name__)
+
+DESCRIPTION = "Sparse-autoencoder features of every token that vLLM serves, live."
+
+
+def create_app(config: SideConfig) -> FastAPI:
+    """`app.state`: hub; listening, whether engines can connect; failure, why they never will;
+    upstream, the client for vLLM or None."""
+    app = FastAPI(title="neuroscope", description=DESCRIPTION, lifespan=_lifespan)
+    app.state.config = config
+    app.state.hub = Hub(config.settings, config.model)
+    app.state.listening = False
+    app.state.failure = None
+    app.state.upstream = proxy.client(config.upstream) if config.upstream else None
+    errors.install(app)
+    for module in (stream, features, requests, status, proxy, page):
+        app.include_router(module.router)
+    return app
+
+
+@asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    # A large tokenizer takes seconds to read: serve HTTP meanwhile. Engines wait to connect.
+    opening = asyncio.create_task(_open(app))
+    yield
+    opening.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await opening
+    if app.state.upstream is not None:
+        await app.state.upstream.aclose()
+
+
+async def _open(app: FastAPI) -> None:
+    """Read tokenizer and labels, then let engines in, until cancelled."""
+    config: SideConfig = app.state.config
+    hub: Hub = app.state.hub
+    try:
+        hub.tokenizer, hub.labels = await asyncio.to_thread(_read_files, config)
+        ingest = Ingest(hub, config.endpoint)
+        ingest.start()
+    except Exception as error:
+        app.state.failure = f"the side process can not work: {error}"
+        logger.exception("neuroscope: the side process can not work")
+        return
+    app.state.listening = True
+    try:
+        await asyncio.Future()
+    finally:
+        ingest.close()
+
+
+def _read_files(config: SideConfig) -> tuple[Tokenizer | None, list[LabelSet]]:
+    tokenizer = Tokenizer.from_file(config.tokenizer_file) if config.tokenizer_file else None
+    return tokenizer, [load_labels(path) for path in config.labels]

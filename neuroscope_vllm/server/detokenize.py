@@ -1,0 +1,137 @@
+"""Text of every token, exactly as vLLM's FastIncrementalDetokenizer puts it together.
+
+The texts of a choice's generated tokens, joined, are the text that vLLM returns. A character
+split over tokens comes with the token that completes it; the earlier ones have "". With stop
+strings, tokens are held back while their text may still turn out to be cut.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import NamedTuple
+
+from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
+
+logger = logging.getLogger(__name__)
+
+_INVALID_PREFIX = "Invalid prefix encountered"
+OVERRUN_TOKENS = 64
+"""vLLM's front end sees a stop string a few steps before the engine stops. If this many tokens
+follow one, it did not count (`min_tokens`), and the text goes on."""
+
+
+class Released(NamedTuple):
+    """Tokens whose text is final, and how the choice finished, if it did."""
+
+    token_ids: list[int]
+    texts: list[str]
+    finish_reason: str | None
+
+
+class TextStream:
+    """Text of one token after another. Without a tokenizer a token is shown as `<id>`."""
+
+    def __init__(
+        self, tokenizer: Tokenizer | None, prompt_ids: list[int], skip_special_tokens: bool
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._skip = skip_special_tokens
+        self._stream = DecodeStream(ids=prompt_ids, skip_special_tokens=skip_special_tokens)
+
+    def step(self, token_id: int) -> str:
+        if self._tokenizer is None:
+            return f"<{token_id}>"
+        try:
+            return self._stream.step(self._tokenizer, token_id) or ""
+        except (OverflowError, TypeError):
+            return ""
+        except Exception as error:
+            if not str(error).startswith(_INVALID_PREFIX):
+                raise
+            # Some tokenizers decode non-monotonically; vLLM starts a new stream here too
+            # (vllm-project/vllm#17448).
+            self._stream = DecodeStream(skip_special_tokens=self._skip)
+            return self._stream.step(self._tokenizer, token_id) or ""
+
+
+class OutputText:
+    """Generated tokens of one choice with their text, released once it is final."""
+
+    def __init__(
+        self,
+        stream: TextStream,
+        *,
+        stop: list[str],
+        include_stop_str_in_output: bool,
+    ) -> None:
+        self._stream = stream
+        self._stop = stop
+        self._include_stop = include_stop_str_in_output
+        holds = bool(stop) and not include_stop_str_in_output
+        self._buffer = max(map(len, stop)) - 1 if holds else 0
+        self._text = ""
+        self._pending: list[tuple[int, int, int]] = []  # token id, text start, text end
+        self._cut: int | None = None  # a stop string was seen: the text ends here
+        self._overrun: list[tuple[int, str]] = []  # tokens sampled after it
+
+    def push(
+        self, token_ids: list[int], finish_reason: str | None, stop_reason: int | str | None
+    ) -> Released:
+        """More tokens were sampled. Raises whatever the tokenizer raises on broken input."""
+        by_token = finish_reason == "stop" and not isinstance(stop_reason, str)
+        silent_last = by_token and not self._include_stop
+        last = len(token_ids) - 1
+        texts = [
+            "" if silent_last and at == last else self._stream.step(token_id)
+            for at, token_id in enumerate(token_ids)
+        ]
+        if not self._stop:
+            return Released(token_ids, texts, finish_reason)
+        for token_id, text in zip(token_ids, texts, strict=True):
+            self._append(token_id, text)
+        if self._cut is not None and len(self._overrun) > OVERRUN_TOKENS:
+            self._resume()
+        if finish_reason is not None and self._cut is not None:
+            finish_reason = "stop"
+        return self._release(finish_reason)
+
+    def _append(self, token_id: int, text: str) -> None:
+        if self._cut is not None:
+            self._overrun.append((token_id, text))
+            return
+        start = len(self._text)
+        self._text += text
+        self._pending.append((token_id, start, len(self._text)))
+        self._cut = self._find_stop(len(text))
+
+    def _find_stop(self, new_chars: int) -> int | None:
+        """Where the text ends if a stop string was completed by the last `new_chars`."""
+        if not new_chars:
+            return None
+        first_end, cut = len(self._text) + 1, None
+        for stop in self._stop:
+            at = self._text.find(stop, max(0, len(self._text) + 1 - new_chars - len(stop)))
+            if at >= 0 and at + len(stop) < first_end:
+                first_end = at + len(stop)
+                cut = first_end if self._include_stop else at
+        return cut
+
+    def _resume(self) -> None:
+        overrun, self._overrun, self._cut = self._overrun, [], None
+        for token_id, text in overrun:
+            self._append(token_id, text)
+
+    def _release(self, finish_reason: str | None) -> Released:
+        end = len(self._text) if self._cut is None else self._cut
+        safe = len(self._text) - self._buffer if self._cut is None else self._cut
+        count = 0
+        for _, _, text_end in self._pending:
+            if finish_reason is None and text_end > safe:
+                break
+            count += 1
+        ready, self._pending = self._pending[:count], self._pending[count:]
+        ids = [token_id for token_id, _, _ in ready]
+        return Released(
+            ids, [self._text[min(a, end) : min(b, end)] for _, a, b in ready], finish_reason
+        )

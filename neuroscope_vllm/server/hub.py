@@ -1,0 +1,259 @@
+"""The hub: engines in, subscribers out.
+
+Lives on one event loop and does no I/O. `handle` takes wire messages, joins truth and features,
+tells them as events, keeps the events and wakes the readers concerned; nothing here waits.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import time
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+from tokenizers import Tokenizer
+
+from neuroscope_vllm.core import events, wire
+from neuroscope_vllm.core.config import Settings
+from neuroscope_vllm.core.labels import LabelSet
+from neuroscope_vllm.server.join import Choice, Item, Join
+from neuroscope_vllm.server.narrate import Named, Narrator
+from neuroscope_vllm.server.rows import unpack
+from neuroscope_vllm.server.senders import Sender, Senders
+from neuroscope_vllm.server.subscribe import AllRequests, OneRequest
+from neuroscope_vllm.server.traces import Event, Log, Trace, TraceStore
+
+logger = logging.getLogger(__name__)
+
+RING_SHARE = 0.25
+"""Part of the memory ceiling for the stream of all requests; the traces have the rest."""
+
+
+class _Open:
+    """A choice that runs."""
+
+    __slots__ = ("choice", "dp_rank", "narrator", "trace")
+
+    def __init__(self, narrator: Narrator, choice: Choice, trace: Trace) -> None:
+        self.narrator = narrator
+        self.choice = choice
+        self.trace = trace
+        self.dp_rank = narrator.started.dp_rank
+
+
+class Hub:
+    """Everything the side process knows."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        model: str,
+        tokenizer: Tokenizer | None = None,
+        labels: Sequence[LabelSet] = (),
+    ) -> None:
+        self.settings = settings
+        self.model = model
+        self.tokenizer = tokenizer
+        self.labels = list(labels)
+        self.epoch = secrets.token_hex(4)
+        self.senders = Senders()
+        self.counters: Counter[str] = Counter()
+        memory = settings.memory_mb * 2**20
+        self._ring_bytes = int(memory * RING_SHARE)
+        self.traces = TraceStore(memory - self._ring_bytes, settings.trace_requests)
+        self.ring = Log()
+        self.join = Join()
+        self._label_cache: dict[int, str | None] = {}
+        self._labelled_layer: int | None = None
+        self._open: dict[str, _Open] = {}
+        self._everything: set[AllRequests] = set()
+        self._by_name: dict[str, set[OneRequest]] = {}
+        self._touched: set[OneRequest] = set()
+        self._wake_all = False
+
+    def handle(self, message: wire.Message, now: float | None = None) -> None:
+        """Take one message. Raises ValueError on arrays that do not fit each other."""
+        now = time.monotonic() if now is None else now
+        match message:
+            case wire.StepFeatures():
+                self._on_features(message, now)
+            case wire.TokensSampled():
+                for sampled in message.sampled:
+                    self._on_sampled(sampled, now)
+            case wire.RequestStarted():
+                self._on_started(message, now)
+            case wire.Hello():
+                if message.sites:
+                    self._labelled_layer = message.sites[0].layer
+                for lost in self.senders.hello(message, now):
+                    self._engine_gone(lost, now)
+            case wire.Goodbye():
+                if gone := self.senders.goodbye(message.sender):
+                    self._engine_gone(gone, now)
+        self._wake()
+
+    def tick(self, now: float | None = None) -> None:
+        """Do what is due by time; call a few times a second."""
+        now = time.monotonic() if now is None else now
+        for internal_id, items in self.join.tick(now):
+            self._tell(internal_id, items, now)
+        self._wake()
+
+    def close(self, reason: str) -> None:
+        """Say goodbye to every reader."""
+        for reader in [
+            *self._everything,
+            *(one for many in self._by_name.values() for one in many),
+        ]:
+            reader.close(reason)
+
+    def event_id(self, seq: int) -> bytes:
+        return b"%b-%d" % (self.epoch.encode(), seq)
+
+    @property
+    def readers(self) -> int:
+        return len(self._everything) + sum(map(len, self._by_name.values()))
+
+    # Readers
+
+    def subscribe_all(self, after: int | None = None) -> AllRequests:
+        reader = AllRequests(self.ring, self.event_id, after)
+        self._everything.add(reader)
+        return reader
+
+    def subscribe(self, name: str, after: int | None = None) -> OneRequest:
+        reader = OneRequest(self.event_id, after)
+        for trace in self.traces.find(name):
+            reader.attach(trace)
+        self._by_name.setdefault(name, set()).add(reader)
+        return reader
+
+    def unsubscribe(self, reader: AllRequests | OneRequest, name: str | None = None) -> None:
+        if isinstance(reader, AllRequests):
+            self._everything.discard(reader)
+            return
+        assert name is not None
+        readers = self._by_name.get(name, set())
+        readers.discard(reader)
+        if not readers:
+            self._by_name.pop(name, None)
+
+    # Messages
+
+    def _on_started(self, started: wire.RequestStarted, now: float) -> None:
+        internal_id = started.internal_id
+        if internal_id in self._open:
+            self.counters["requests_started_twice"] += 1
+            return
+        layers = [site.layer for site in self.senders.sites()]
+        narrator = Narrator(started, self.model, layers, self.label_of, self.tokenizer)
+        trace = Trace(internal_id, started.request_id, started.choice, started.created)
+        self.traces.open(trace)
+        for name in trace.aliases:
+            for reader in self._by_name.get(name, ()):
+                reader.attach(trace)
+        items = self.join.start(internal_id, narrator.prompt_ids)
+        choice = self.join.get(internal_id)
+        assert choice is not None
+        self._open[internal_id] = _Open(narrator, choice, trace)
+        self.counters["requests"] += 1
+        self._publish(trace, [narrator.request()])
+        self._tell(internal_id, items, now)
+
+    def _on_sampled(self, sampled: wire.Sampled, now: float) -> None:
+        opened = self._open.get(sampled.internal_id)
+        if opened is None:
+            self.counters["tokens_of_unknown_request"] += len(sampled.token_ids)
+            return
+        if opened.choice.finished:
+            self.counters["tokens_after_end"] += len(sampled.token_ids)
+            return
+        try:
+            released = opened.narrator.hear(sampled)
+            items = self.join.extend(
+                sampled.internal_id, released.token_ids, released.finish_reason, now
+            )
+        except Exception:
+            # Its tokenizer or its ids are broken; the other requests of the step are not.
+            logger.exception("neuroscope: tokens of %s can not be told", sampled.internal_id)
+            self._fail(opened, "Its tokens could not be decoded.", now)
+            return
+        self._tell(sampled.internal_id, items, now)
+
+    def _on_features(self, message: wire.StepFeatures, now: float) -> None:
+        rows = unpack(message)
+        self.counters["rows"] += len(rows.positions)
+        for span in message.spans:
+            items = self.join.add(span.internal_id, rows, span.start, span.stop, now)
+            self._tell(span.internal_id, items, now)
+
+    def _engine_gone(self, sender: Sender, now: float) -> None:
+        """Without its scheduler a running request will never be heard of again."""
+        if sender.hello.role != "scheduler":
+            return
+        for opened in list(self._open.values()):
+            if opened.dp_rank == sender.hello.dp_rank and not opened.choice.finished:
+                self._fail(opened, "The engine went away while it ran this request.", now)
+
+    def _fail(self, opened: _Open, message: str, now: float) -> None:
+        started = opened.narrator.started
+        error = events.ErrorBody(message, "server_error")
+        event = events.ErrorEvent(started.request_id, started.choice, error)
+        self._publish(opened.trace, [("error", None, event)])
+        self.counters["requests_failed"] += 1
+        self._tell(
+            started.internal_id, self.join.extend(started.internal_id, [], "error", now), now
+        )
+
+    # Events
+
+    def _tell(self, internal_id: str, items: list[Item], now: float) -> None:
+        if not items:
+            return
+        opened = self._open[internal_id]
+        self._publish(opened.trace, opened.narrator.tell(items, opened.choice))
+        if opened.choice.ended:
+            del self._open[internal_id]
+            self.traces.finish(opened.trace, now)
+            self.counters["requests_done"] += 1
+
+    def _publish(self, trace: Trace, named: Iterable[Named]) -> None:
+        ring, encode = self.ring, events.encoder.encode
+        prefix = self.epoch.encode()
+        for name, layer, struct in named:
+            seq = ring.end
+            event = Event.make(seq, name, layer, b"%b-%d" % (prefix, seq), encode(struct), trace)
+            ring.append(event)
+            self.traces.append(trace, event)
+            while ring.bytes > self._ring_bytes:
+                ring.drop_oldest()
+        self._wake_all = True
+        for name in trace.aliases:
+            if readers := self._by_name.get(name):
+                self._touched |= readers
+
+    def _wake(self) -> None:
+        if self._wake_all:
+            for reader in self._everything:
+                reader.wake()
+            self._wake_all = False
+        if self._touched:
+            for reader in self._touched:
+                reader.wake()
+            self._touched.clear()
+
+    def label_of(self, layer: int, index: int) -> str | None:
+        """Text of the first labeller that knows the feature.
+
+        Label files belong to the first SAE; features of other layers have none.
+        """
+        if layer != self._labelled_layer:
+            return None
+        try:
+            return self._label_cache[index]
+        except KeyError:
+            found = (label_set.get(index) for label_set in self.labels)
+            text = next((label.text for label in found if label is not None), None)
+            self._label_cache[index] = text
+            return text

@@ -1,0 +1,276 @@
+"""Joins the scheduler's truth about tokens with the workers' feature rows, by position.
+
+Pure and synchronous: messages in, ordered `Placed`, `Gap` and `Done` out; time is an argument.
+Every position of a choice comes out exactly once, in order, with the token that stands there.
+
+A residual depends on the tokens up to its own position only. So a row is right if and only if
+its token, and the tokens of all earlier rows of its span, are the ones that stand: that one test
+removes rejected drafts, whatever the engine speculates, replays or runs in vain.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import Counter, OrderedDict, deque
+from typing import NamedTuple
+
+from neuroscope_vllm.server.rows import Rows
+
+FINISH_WAIT_S = 2.0
+"""How long a finished choice waits for rows that are still on their way."""
+ORPHAN_WAIT_S = 5.0
+"""How long rows wait for a RequestStarted that comes on another socket."""
+HELD_ROWS_PER_CHOICE = 16_384
+ORPHAN_ROWS = 32_768
+ENDED_IDS = 4_096
+
+
+class Placed(NamedTuple):
+    """A token in its place. `rows` is None where there are no features."""
+
+    position: int
+    token_id: int
+    rows: Rows | None = None
+    row: int = 0
+    cached: bool = False
+
+
+class Gap(NamedTuple):
+    """Features of positions [start, stop) were lost; the tokens follow without."""
+
+    start: int
+    stop: int
+
+
+class Done(NamedTuple):
+    finish_reason: str
+
+
+Item = Placed | Gap | Done
+
+
+class _Span:
+    """Rows [next, stop) of a message that still have to be placed."""
+
+    __slots__ = ("next", "rows", "stop")
+
+    def __init__(self, rows: Rows, start: int, stop: int) -> None:
+        self.rows = rows
+        self.next = start
+        self.stop = stop
+
+
+class Choice:
+    """The context of one choice as known so far, and how much of it has come out."""
+
+    def __init__(self, prompt_ids: list[int], counters: Counter[str]) -> None:
+        self.ids = array("i", prompt_ids)
+        self.prompt_tokens = len(prompt_ids)
+        self.cached_tokens = 0
+        self.dropped = 0
+        self.next = 0
+        self.ended = False
+        self.deadline: float | None = None
+        self._started = False  # a row was accepted
+        self._finish_reason: str | None = None
+        self._held: deque[_Span] = deque()
+        self._held_rows = 0
+        self._counters = counters
+
+    @property
+    def finished(self) -> bool:
+        return self._finish_reason is not None
+
+    def add(self, rows: Rows, start: int, stop: int) -> list[Item]:
+        """Take the rows [start, stop) of a message."""
+        out: list[Item] = []
+        span = _Span(rows, start, stop)
+        self._place(span, out)
+        if span.next < span.stop:
+            self._hold(span)
+        self._maybe_end(out)
+        return out
+
+    def extend(self, token_ids: list[int], finish_reason: str | None, now: float) -> list[Item]:
+        """More tokens stand, perhaps the last ones.
+
+        A finished choice ends at once, or when the rows on their way have arrived.
+        """
+        if self.finished:
+            self._counters["tokens_after_end"] += len(token_ids)
+            return []
+        self.ids.extend(token_ids)
+        if finish_reason is not None:
+            self._finish_reason = finish_reason
+            self.deadline = now + FINISH_WAIT_S
+        out: list[Item] = []
+        self._retry(out)
+        self._maybe_end(out)
+        return out
+
+    def expire(self) -> list[Item]:
+        """The deadline passed: what is missing will not come."""
+        out: list[Item] = []
+        self._skip_to(self._featured(), out, lost=True)
+        self._maybe_end(out)
+        return out
+
+    def _featured(self) -> int:
+        """Positions below this one can have features; the last generated token never does."""
+        generated = len(self.ids) > self.prompt_tokens
+        return len(self.ids) - (1 if self.finished and generated else 0)
+
+    def _place(self, span: _Span, out: list[Item]) -> None:
+        """Move `span` forward as far as the truth is known."""
+        ids, rows = self.ids, span.rows
+        positions, token_ids = rows.positions, rows.token_ids
+        known, featured = len(ids), self._featured()
+        row = span.next
+        while row < span.stop:
+            position = positions[row]
+            if position >= known:
+                if self.finished:
+                    self._counters["rows_after_end"] += span.stop - row
+                    row = span.stop
+                break
+            if position < 0 or token_ids[row] != ids[position]:
+                self._counters["rows_rejected"] += span.stop - row
+                row = span.stop
+                break
+            if position < self.next:
+                self._counters["rows_recomputed"] += 1
+            elif position >= featured:
+                self._counters["rows_after_end"] += 1
+            else:
+                if position > self.next:
+                    self._skip_to(position, out)
+                out.append(Placed(position, ids[position], rows, row))
+                self.next = position + 1
+                self._started = True
+            row += 1
+        span.next = row
+
+    def _skip_to(self, position: int, out: list[Item], lost: bool = False) -> None:
+        """Put out the positions before `position`, which have no features.
+
+        Prompt positions before the first row of all came from the prefix cache, unless `lost`.
+        """
+        start = self.next
+        if position <= start:
+            return
+        cached = not lost and not self._started and position < self.prompt_tokens
+        if cached:
+            self.cached_tokens = position
+        else:
+            self.dropped += position - start
+            out.append(Gap(start, position))
+        out.extend(Placed(at, self.ids[at], cached=cached) for at in range(start, position))
+        self.next = position
+
+    def _hold(self, span: _Span) -> None:
+        self._held.append(span)
+        self._held_rows += span.stop - span.next
+        while self._held_rows > HELD_ROWS_PER_CHOICE:
+            oldest = self._held.popleft()
+            self._held_rows -= oldest.stop - oldest.next
+            self._counters["rows_held_too_long"] += oldest.stop - oldest.next
+
+    def _retry(self, out: list[Item]) -> None:
+        """Place held spans anew, in the order they came."""
+        held, self._held, self._held_rows = self._held, deque(), 0
+        for span in held:
+            self._place(span, out)
+            if span.next < span.stop:
+                self._hold(span)
+
+    def _maybe_end(self, out: list[Item]) -> None:
+        if self._finish_reason is None or self.ended or self.next < self._featured():
+            return
+        for position in range(self.next, len(self.ids)):
+            out.append(Placed(position, self.ids[position]))
+        self.next = len(self.ids)
+        self.ended = True
+        out.append(Done(self._finish_reason))
+
+
+class Orphan(NamedTuple):
+    since: float
+    internal_id: str
+    rows: Rows
+    start: int
+    stop: int
+
+
+class Join:
+    """All choices by internal id, and the rows that came before their request."""
+
+    def __init__(self) -> None:
+        self.counters: Counter[str] = Counter()
+        self._choices: dict[str, Choice] = {}
+        self._orphans: deque[Orphan] = deque()
+        self._orphan_rows = 0
+        self._ended: OrderedDict[str, None] = OrderedDict()
+
+    def get(self, internal_id: str) -> Choice | None:
+        return self._choices.get(internal_id)
+
+    def start(self, internal_id: str, prompt_ids: list[int]) -> list[Item]:
+        """A choice begins; rows that came first are placed now."""
+        choice = self._choices[internal_id] = Choice(prompt_ids, self.counters)
+        self._ended.pop(internal_id, None)
+        out: list[Item] = []
+        waiting, self._orphans, self._orphan_rows = self._orphans, deque(), 0
+        for orphan in waiting:
+            if orphan.internal_id == internal_id:
+                out += choice.add(orphan.rows, orphan.start, orphan.stop)
+            else:
+                self._adopt_later(orphan)
+        return out
+
+    def add(self, internal_id: str, rows: Rows, start: int, stop: int, now: float) -> list[Item]:
+        """Rows [start, stop) of a message belong to this choice."""
+        choice = self._choices.get(internal_id)
+        if choice is not None:
+            return self._swept(internal_id, choice, choice.add(rows, start, stop))
+        if internal_id in self._ended:
+            self.counters["rows_after_end"] += stop - start
+        else:
+            self._adopt_later(Orphan(now, internal_id, rows, start, stop))
+        return []
+
+    def extend(
+        self, internal_id: str, token_ids: list[int], finish_reason: str | None, now: float
+    ) -> list[Item]:
+        """More tokens of this choice stand, perhaps the last ones."""
+        choice = self._choices[internal_id]
+        return self._swept(internal_id, choice, choice.extend(token_ids, finish_reason, now))
+
+    def tick(self, now: float) -> list[tuple[str, list[Item]]]:
+        """What became due: choices past their deadline. Also drops rows nobody claimed."""
+        while self._orphans and now - self._orphans[0].since > ORPHAN_WAIT_S:
+            self._drop_orphan()
+        due = [
+            (internal_id, choice)
+            for internal_id, choice in self._choices.items()
+            if choice.deadline is not None and now >= choice.deadline
+        ]
+        return [(name, self._swept(name, choice, choice.expire())) for name, choice in due]
+
+    def _adopt_later(self, orphan: Orphan) -> None:
+        self._orphans.append(orphan)
+        self._orphan_rows += orphan.stop - orphan.start
+        while self._orphan_rows > ORPHAN_ROWS:
+            self._drop_orphan()
+
+    def _drop_orphan(self) -> None:
+        orphan = self._orphans.popleft()
+        self._orphan_rows -= orphan.stop - orphan.start
+        self.counters["rows_of_unknown_request"] += orphan.stop - orphan.start
+
+    def _swept(self, internal_id: str, choice: Choice, out: list[Item]) -> list[Item]:
+        if choice.ended:
+            del self._choices[internal_id]
+            self._ended[internal_id] = None
+            if len(self._ended) > ENDED_IDS:
+                self._ended.popitem(last=False)
+        return out

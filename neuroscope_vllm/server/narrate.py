@@ -1,0 +1,139 @@
+"""Turns placed rows of one choice into events: text, labels, layers."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import msgspec
+from tokenizers import Tokenizer
+
+from neuroscope_vllm.core import events, wire
+from neuroscope_vllm.server.detokenize import OutputText, Released, TextStream
+from neuroscope_vllm.server.join import Choice, Done, Gap, Item, Placed
+from neuroscope_vllm.server.rows import LayerRows
+
+Named = tuple[str, int | None, msgspec.Struct]
+"""Event name, layer, event."""
+LabelOf = Callable[[int, int], str | None]
+"""Label of a feature: (layer, index) -> text."""
+
+
+@dataclass(slots=True)
+class Narrator:
+    """The story of one choice; owns its text and its numbers."""
+
+    started: wire.RequestStarted
+    model: str
+    layers: list[int]
+    label_of: LabelOf
+    tokenizer: Tokenizer | None
+    prompt_tokens: int = field(init=False)
+    completion_tokens: int = field(init=False, default=0)
+    _prompt_text: TextStream = field(init=False)
+    _output: OutputText = field(init=False)
+    _texts: deque[str] = field(init=False, default_factory=deque)
+
+    def __post_init__(self) -> None:
+        prompt_ids = self.prompt_ids
+        self.prompt_tokens = len(prompt_ids)
+        self._prompt_text = TextStream(self.tokenizer, [], skip_special_tokens=False)
+        self._output = OutputText(
+            TextStream(self.tokenizer, prompt_ids, self.started.skip_special_tokens),
+            stop=self.started.stop,
+            include_stop_str_in_output=self.started.include_stop_str_in_output,
+        )
+
+    @property
+    def prompt_ids(self) -> list[int]:
+        return wire.int32(self.started.prompt_token_ids).tolist()
+
+    def hear(self, sampled: wire.Sampled) -> Released:
+        """The tokens of a step whose text is final."""
+        released = self._output.push(sampled.token_ids, sampled.finish_reason, sampled.stop_reason)
+        self._texts.extend(released.texts)
+        self.completion_tokens += len(released.token_ids)
+        return released
+
+    def request(self) -> Named:
+        started = self.started
+        event = events.RequestEvent(
+            request_id=started.request_id,
+            internal_id=started.internal_id,
+            choice=started.choice,
+            model=self.model,
+            prompt_tokens=self.prompt_tokens,
+            created=started.created,
+            layers=self.layers,
+            dp_rank=started.dp_rank,
+            lora=started.lora,
+        )
+        return "request", None, event
+
+    def tell(self, items: list[Item], choice: Choice) -> Iterator[Named]:
+        """Events of what the join put out, in order."""
+        for item in items:
+            if isinstance(item, Placed):
+                yield from self._token(item)
+            elif isinstance(item, Gap):
+                yield "gap", None, self._gap(item)
+            else:
+                yield "done", None, self._done(item, choice)
+
+    def _token(self, placed: Placed) -> Iterator[Named]:
+        position = placed.position
+        prompt = position < self.prompt_tokens
+        if prompt:
+            name, phase, token_index = "prompt", "prompt", None
+            text = self._prompt_text.step(placed.token_id)
+        else:
+            name, phase, token_index = "token", None, position - self.prompt_tokens
+            text = self._texts.popleft()
+        started = self.started
+        make = events.TokenEvent
+        if placed.rows is None:
+            for layer in self.layers or (None,):
+                yield name, layer, make(
+                    started.request_id, started.choice, token_index, position, text,
+                    placed.token_id, layer, [], None, None, phase, placed.cached,
+                )  # fmt: skip
+            return
+        row = placed.row
+        for rows in placed.rows.layers:
+            yield name, rows.layer, make(
+                started.request_id, started.choice, token_index, position, text,
+                placed.token_id, rows.layer, self._features(rows, row), rows.l0[row], "self", phase,
+                False, bool(rows.sink[row]),
+            )  # fmt: skip
+
+    def _features(self, rows: LayerRows, row: int) -> list[events.Feature]:
+        label_of, layer = self.label_of, rows.layer
+        return [
+            events.Feature(index, label_of(layer, index), activation, score)
+            for index, activation, score in zip(
+                rows.index[row], rows.activation[row], rows.score[row], strict=True
+            )
+            if index >= 0
+        ]
+
+    def _gap(self, gap: Gap) -> events.GapEvent:
+        return events.GapEvent(
+            reason="dropped",
+            request_id=self.started.request_id,
+            choice=self.started.choice,
+            start=gap.start,
+            stop=gap.stop,
+            count=gap.stop - gap.start,
+        )
+
+    def _done(self, done: Done, choice: Choice) -> events.DoneEvent:
+        return events.DoneEvent(
+            request_id=self.started.request_id,
+            choice=self.started.choice,
+            finish_reason=done.finish_reason,
+            prompt_tokens=self.prompt_tokens,
+            completion_tokens=self.completion_tokens,
+            cached_tokens=choice.cached_tokens,
+            dropped=choice.dropped,
+        )

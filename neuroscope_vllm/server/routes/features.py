@@ -1,0 +1,87 @@
+"""GET /v1/features/labels and /v1/features/describe."""
+
+from __future__ import annotations
+
+import time
+from typing import Annotated, Any
+
+import msgspec
+from fastapi import APIRouter, Query, Request
+from pydantic import BaseModel, ConfigDict, Field
+
+from neuroscope_vllm.core.labels import Label, LabelSet
+from neuroscope_vllm.core.wire import Site
+from neuroscope_vllm.server.errors import ApiError
+from neuroscope_vllm.server.hub import Hub
+
+router = APIRouter(prefix="/v1/features", tags=["features"])
+
+
+class LabelQuery(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    labeller: str | None = None
+    q: str | None = Field(None, description="Words to search for.")
+    index: int | None = Field(None, ge=0)
+    limit: int = Field(100, ge=1, le=1000)
+    offset: int = Field(0, ge=0)
+
+
+@router.get("/labels")
+def labels(request: Request, query: Annotated[LabelQuery, Query()]) -> dict[str, Any]:
+    """Labels of features, by labeller, words or index."""
+    hub: Hub = request.app.state.hub
+    wanted = [one for one in hub.labels if query.labeller in (None, one.labeller)]
+    if query.labeller is not None and not wanted:
+        known = ", ".join(one.labeller for one in hub.labels) or "none"
+        message = f"no labeller {query.labeller!r} here; loaded: {known}."
+        raise ApiError(404, message, "labeller")
+    found = [label for one in wanted for label in _matching(one, query)]
+    page = found[query.offset : query.offset + query.limit]
+    return {"data": msgspec.to_builtins(page), "total": len(found)}
+
+
+def _matching(label_set: LabelSet, query: LabelQuery) -> list[Label]:
+    found = list(label_set) if query.q is None else label_set.search(query.q, len(label_set))
+    return [label for label in found if query.index in (None, label.index)]
+
+
+@router.get("/describe")
+async def describe(request: Request) -> dict[str, Any]:
+    """What is observed, with which SAE and labels, by whom, within which limits, and what was
+    lost so far."""
+    hub: Hub = request.app.state.hub
+    now = time.monotonic()
+    sites = hub.senders.sites()
+    settings = hub.settings
+    senders = hub.senders.describe(now)
+    return {
+        "model": hub.model,
+        "epoch": hub.epoch,
+        "armed": hub.senders.armed(now),
+        "sites": msgspec.to_builtins(sites),
+        "top_k": settings.top_k,
+        "labellers": [_coverage(one, sites) for one in hub.labels],
+        "limits": {
+            "trace_requests": settings.trace_requests,
+            "memory_mb": settings.memory_mb,
+            "kept_requests": len(hub.traces),
+            "kept_bytes": hub.traces.bytes + hub.ring.bytes,
+            "evicted_requests": hub.traces.evicted,
+            "readers": hub.readers,
+        },
+        "problems": hub.senders.problems(now),
+        "warnings": sorted({text for sender in senders for text in sender["warnings"]}),
+        "senders": senders,
+        "counters": {**hub.counters, **hub.join.counters},
+    }
+
+
+def _coverage(label_set: LabelSet, sites: list[Site]) -> dict[str, Any]:
+    width = sites[0].sae.width if sites else None
+    count = len(label_set)
+    return {
+        "labeller": label_set.labeller,
+        "labels": count,
+        "coverage": round(count / width, 4) if width else None,
+    }

@@ -1,0 +1,103 @@
+"""Chat, completions and models, passed through to vLLM.
+
+vLLM has CORS off by default, so a page served from here could not talk to it otherwise.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import anyio
+import httpx
+from fastapi import APIRouter, Request, Response
+from starlette.types import Receive, Scope, Send
+
+from neuroscope_vllm.server.errors import ApiError, answer
+
+FORWARDED = (
+    "accept",
+    "authorization",
+    "content-type",
+    "traceparent",
+    "tracestate",
+    "x-request-id",
+)
+RETURNED = ("content-type", "retry-after", "www-authenticate", "x-request-id")
+CONNECT_TIMEOUT_S = 5.0
+
+logger = logging.getLogger(__name__)
+router = APIRouter(tags=["pass-through to vLLM"])
+
+
+def client(base_url: str) -> httpx.AsyncClient:
+    """A client without a read timeout: a long prompt may take minutes to its first token."""
+    timeout = httpx.Timeout(None, connect=CONNECT_TIMEOUT_S)
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
+    return httpx.AsyncClient(base_url=base_url, timeout=timeout, limits=limits, trust_env=False)
+
+
+@router.get("/v1/models", response_class=Response)
+@router.post("/v1/completions", response_class=Response)
+@router.post("/v1/chat/completions", response_class=Response)
+async def pass_through(request: Request) -> Response:
+    """As vLLM answers it, chunk by chunk."""
+    upstream: httpx.AsyncClient | None = request.app.state.upstream
+    if upstream is None:
+        raise ApiError(503, "this side process knows no vLLM server to pass requests to.")
+    headers = {name: request.headers[name] for name in FORWARDED if name in request.headers}
+    headers["accept-encoding"] = "identity"  # chunks are passed on as they come
+    url = httpx.URL(path=request.url.path, query=request.url.query.encode())
+    body = await request.body()
+    return _Passed(
+        upstream, upstream.build_request(request.method, url, headers=headers, content=body)
+    )
+
+
+class _Passed(Response):
+    """Asks upstream while it answers, so that a client who leaves cancels upstream's work, also
+    before the first byte."""
+
+    def __init__(self, upstream: httpx.AsyncClient, asked: httpx.Request) -> None:
+        super().__init__()
+        self._upstream = upstream
+        self._asked = asked
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with anyio.create_task_group() as group:
+
+            async def relay() -> None:
+                await self._relay(scope, receive, send)
+                group.cancel_scope.cancel()
+
+            group.start_soon(relay)
+            while (await receive())["type"] != "http.disconnect":
+                pass
+            group.cancel_scope.cancel()
+
+    async def _relay(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            response = await self._upstream.send(self._asked, stream=True)
+        except httpx.HTTPError as error:
+            message = (
+                f"vLLM at {self._upstream.base_url} does not answer ({type(error).__name__});"
+                " is it still loading the model?"
+            )
+            await answer(ApiError(502, message))(scope, receive, send)
+            return
+        try:
+            headers = [
+                (n.encode(), response.headers[n].encode())
+                for n in RETURNED
+                if n in response.headers
+            ]
+            status = response.status_code
+            await send({"type": "http.response.start", "status": status, "headers": headers})
+            async for chunk in response.aiter_raw():
+                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+        except httpx.HTTPError as error:
+            # Left unfinished, so that the client sees an answer cut short, not a short answer.
+            logger.warning("neuroscope: vLLM broke off an answer (%s)", type(error).__name__)
+        finally:
+            with anyio.CancelScope(shield=True):
+                await response.aclose()

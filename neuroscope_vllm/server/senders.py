@@ -1,0 +1,97 @@
+"""Who sends to this hub, and whether they are well."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from neuroscope_vllm.core import wire
+
+LOST_AFTER_S = 5.0
+"""Senders say hello once a second."""
+
+
+class Sender:
+    """The last hello of one worker or scheduler, and when it was heard."""
+
+    def __init__(self, hello: wire.Hello, now: float) -> None:
+        self.hello = hello
+        self.heard_at = now
+
+    def lost(self, now: float) -> bool:
+        return now - self.heard_at > LOST_AFTER_S
+
+
+class Senders:
+    """All senders by name."""
+
+    def __init__(self) -> None:
+        self._senders: dict[str, Sender] = {}
+
+    def hello(self, hello: wire.Hello, now: float) -> list[Sender]:
+        """Refresh a sender; returns the lost ones that it takes the place of."""
+        replaced: list[Sender] = []
+        if hello.sender not in self._senders:
+            replaced = [
+                other
+                for other in self._senders.values()
+                if other.lost(now)
+                and (other.hello.role, other.hello.dp_rank) == (hello.role, hello.dp_rank)
+            ]
+            for other in replaced:
+                del self._senders[other.hello.sender]
+        self._senders[hello.sender] = Sender(hello, now)
+        return replaced
+
+    def goodbye(self, name: str) -> Sender | None:
+        return self._senders.pop(name, None)
+
+    def sites(self) -> list[wire.Site]:
+        """What is observed, one site per layer, in layer order."""
+        sites = {site.layer: site for s in self._senders.values() for site in s.hello.sites}
+        return [sites[layer] for layer in sorted(sites)]
+
+    @property
+    def heard_worker(self) -> bool:
+        return any(sender.hello.role == "worker" for sender in self._senders.values())
+
+    def armed(self, now: float) -> bool:
+        return any(
+            sender.hello.role == "worker" and sender.hello.armed and not sender.lost(now)
+            for sender in self._senders.values()
+        )
+
+    def problems(self, now: float) -> list[str]:
+        """One sentence for everything that is not as it should be."""
+        found: list[str] = []
+        if not self.heard_worker:
+            found.append("no worker has said hello yet; the model is loading or the plugin is off.")
+        for name, sender in self._senders.items():
+            hello = sender.hello
+            if sender.lost(now):
+                found.append(f"{name} has been silent for {now - sender.heard_at:.0f} s.")
+            elif hello.wire_version != wire.WIRE_VERSION:
+                found.append(
+                    f"{name} speaks wire version {hello.wire_version}, this side process"
+                    f" {wire.WIRE_VERSION}; install the same neuroscope-vllm for both."
+                )
+            elif hello.role == "worker" and not hello.armed:
+                found.append(f"{name} is not armed: {'; '.join(hello.warnings) or 'still loading'}")
+        return found
+
+    def describe(self, now: float) -> list[dict[str, Any]]:
+        return [
+            {
+                "sender": name,
+                "role": sender.hello.role,
+                "dp_rank": sender.hello.dp_rank,
+                "model": sender.hello.model,
+                "armed": sender.hello.armed,
+                "lost": sender.lost(now),
+                "silent_s": round(now - sender.heard_at, 1),
+                "runner": sender.hello.runner,
+                "cudagraph_mode": sender.hello.cudagraph_mode,
+                "warnings": sender.hello.warnings,
+                "counters": sender.hello.counters,
+            }
+            for name, sender in self._senders.items()
+        ]

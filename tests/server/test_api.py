@@ -1,0 +1,110 @@
+"""The plain JSON answers, the page, and errors."""
+
+from __future__ import annotations
+
+import pytest
+
+from neuroscope_vllm.core import launch
+from neuroscope_vllm.core.config import Settings
+from neuroscope_vllm.core.errors import ConfigError
+from neuroscope_vllm.engine.fake import FakeEngine, Script
+from tests.server.side import Side
+
+
+def test_labels(side: Side, engine: FakeEngine):
+    everything = side.get("/v1/features/labels").json()
+    assert everything["total"] == 3
+    assert everything["data"][1]["score"] == 0.5
+    assert [one["index"] for one in side.get("/v1/features/labels?q=capital").json()["data"]] == [
+        5,
+        9,
+    ]
+    assert side.get("/v1/features/labels?index=7").json()["data"][0]["text"] == "rivers and lakes"
+    assert side.get("/v1/features/labels?index=1").json() == {"data": [], "total": 0}
+    page = side.get("/v1/features/labels?limit=1&offset=2&labeller=test").json()
+    assert ([one["index"] for one in page["data"]], page["total"]) == ([9], 3)
+    missing = side.get("/v1/features/labels?labeller=nobody")
+    assert missing.status_code == 404
+    assert "loaded: test" in missing.json()["error"]["message"]
+
+
+def test_events_carry_labels(side: Side, engine: FakeEngine):
+    # features_of(token, position, layer)[0] is token * 31 + position * 7 + layer, modulo the width.
+    token = next(t for t in range(16384) if (t * 31 + 20) % 16384 == 7)
+    engine.run("labelled", [token], [1])
+    side.wait_done("labelled")
+    prompt = side.read("labelled")[1]
+    assert prompt["top_features"][0]["label"] == "rivers and lakes"
+    assert prompt["sink"] is True
+
+
+def test_describe(side: Side, engine: FakeEngine):
+    body = side.get("/v1/features/describe").json()
+    assert body["model"] == "fake"
+    assert body["armed"] is True
+    assert [site["layer"] for site in body["sites"]] == [20]
+    assert body["sites"][0]["sae"]["width"] == 16384
+    assert body["labellers"] == [{"labeller": "test", "labels": 3, "coverage": 0.0002}]
+    assert {sender["role"] for sender in body["senders"]} == {"worker", "scheduler"}
+    assert body["counters"]["messages"] > 0
+
+
+def test_a_trace_holds_all_choices(side: Side, engine: FakeEngine):
+    for choice in range(2):
+        engine.run("chatcmpl-traced", [1, 2], [3], Script(choice=choice))
+    choices = side.wait_done("traced", choices=2)
+    assert [one["choice"] for one in choices] == [0, 1]
+    assert [event["event"] for event in choices[0]["events"]] == [
+        "request",
+        "prompt",
+        "prompt",
+        "token",
+        "done",
+    ]
+    recent = side.get("/v1/requests").json()
+    assert {"chatcmpl-traced"} == {one["request_id"] for one in recent["data"][:2]}
+
+
+@pytest.mark.parametrize(
+    ("path", "status", "kind"),
+    [
+        ("/v1/requests/none", 404, "not_found_error"),
+        ("/nowhere", 404, "not_found_error"),
+        ("/v1/features/labels?limit=0", 400, "invalid_request_error"),
+        ("/v1/features/labels?limt=1", 400, "invalid_request_error"),
+        ("/v1/chat/completions", 405, "invalid_request_error"),
+    ],
+)
+def test_errors_have_openais_shape(side: Side, path: str, status: int, kind: str):
+    answer = side.get(path)
+    assert answer.status_code == status
+    assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+    assert answer.json()["error"]["type"] == kind
+
+
+def test_the_page_allows_nothing_but_itself(side: Side):
+    answer = side.get("/")
+    policy = answer.headers["content-security-policy"]
+    assert "default-src 'none'" in policy
+    assert "unsafe" not in policy
+    assert "http" not in policy
+    assert "://" not in answer.text
+    assert " on" + "click=" not in answer.text
+
+
+def test_docs_and_version(side: Side):
+    assert side.get("/docs").status_code == 200
+    paths = side.get("/openapi.json").json()["paths"]
+    assert {"/v1/features/stream", "/v1/features/describe", "/health"} <= set(paths)
+    assert side.get("/version").json()["wire_version"] == 1
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.8.8.8", "::1", "localhost"])
+def test_loopback_is_served(host: str):
+    launch.check_bind(Settings(features_host=host))
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.1", "example.org", ""])
+def test_anything_else_is_refused(host: str):
+    with pytest.raises(ConfigError, match="features_host is"):
+        launch.check_bind(Settings(features_host=host))

@@ -1,0 +1,187 @@
+"""Memory and slow readers: the hub with real messages, on a clock of the test's."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from starlette.types import Message
+
+from neuroscope_vllm.core import wire
+from neuroscope_vllm.core.config import Settings
+from neuroscope_vllm.core.sae.info import SAEInfo
+from neuroscope_vllm.engine.fake import FakeEngine, Ids, Script, messages
+from neuroscope_vllm.server import sse
+from neuroscope_vllm.server.hub import Hub
+from neuroscope_vllm.server.traces import aliases
+from neuroscope_vllm.server.view import View
+from tests.server.side import Side, parse_sse
+
+
+def run(
+    hub: Hub, name: str, prompt: int = 4, output: int = 4, script: Script | None = None
+) -> None:
+    ids = Ids(f"{name}-internal", name, list(range(prompt)), list(range(output)))
+    for message in messages(ids, script or Script()):
+        hub.handle(wire.decode(wire.encode(message)), now=time.monotonic())
+
+
+def test_finished_requests_are_kept_up_to_a_number():
+    hub = Hub(Settings(trace_requests=3), "m")
+    for n in range(5):
+        run(hub, f"r{n}")
+        hub.traces.find("r0")  # asked for again and again, it stays
+    assert [n for n in range(5) if hub.traces.find(f"r{n}")] == [0, 3, 4]
+    assert hub.traces.evicted == 2
+
+
+def test_memory_never_exceeds_the_ceiling():
+    hub = Hub(Settings(memory_mb=1), "m")
+    for n in range(30):
+        run(hub, f"r{n}", output=100)
+        assert hub.traces.bytes + hub.ring.bytes <= 2**20
+    assert hub.traces.evicted > 0
+    assert hub.traces.bytes == sum(trace.bytes for trace in hub.traces)
+
+
+def test_a_request_larger_than_memory_keeps_its_latest_part():
+    hub = Hub(Settings(memory_mb=1), "m")
+    reader = hub.subscribe("big")
+    run(hub, "big", prompt=3000)
+    taken = reader.take(10_000)
+    assert taken[0].name == "gap"
+    assert b'"reason":"evicted"' in taken[0].json
+    assert taken[-1].name == "done"
+    lost = int(taken[0].json.rpartition(b":")[2][:-1])
+    assert lost + len(taken) - 1 == 1 + 3000 + 4 + 1
+
+
+def test_an_internal_id_used_again_is_a_new_request():
+    hub = Hub(Settings(), "m")
+    run(hub, "same")
+    run(hub, "same")
+    [trace] = hub.traces.find("same")
+    assert trace.end == 1 + 4 + 4 + 1
+    assert len(hub.traces) == 1
+
+
+def test_requests_are_known_by_every_id_a_client_may_have():
+    assert aliases("chatcmpl-abc", "chatcmpl-abc-1f") == ["chatcmpl-abc", "abc", "chatcmpl-abc-1f"]
+    assert set(aliases("cmpl-abc-1", "i")) == {"cmpl-abc-1", "cmpl-abc", "abc-1", "abc", "i"}
+    assert aliases("plain-1", "i") == ["plain-1", "i"]
+
+
+def test_several_layers_give_one_event_each_and_labels_to_the_first_sae():
+    class Labels:
+        labeller = "test"
+
+        def get(self, index: int) -> Any:
+            return type("Label", (), {"text": f"label {index}"})
+
+    hub = Hub(Settings(), "m", labels=[Labels()])  # type: ignore[list-item]
+    hub.handle(wire.Hello("w", "worker", 0, "m", armed=True, sites=_sites(20, 12)))
+    ids = Ids("a", "a", [1, 2], [3])
+    for message in messages(ids, Script(), layers=(20, 12), top_k=2):
+        hub.handle(message)
+    [trace] = hub.traces.find("a")
+    shown = [(e.name, e.layer) for e in trace.read(0, 100)]
+    assert shown[1:-1] == [("prompt", 12), ("prompt", 20)] * 2 + [("token", 12), ("token", 20)]
+    with_label = [e.layer for e in trace.read(0, 100) if b'"label":"label ' in e.json]
+    assert with_label == [20, 20]
+    only = View(layer=12, style="ndjson").render(trace.read(0, 100)).splitlines()
+    assert len(only) == 1 + 3 + 1
+
+
+def _sites(*layers: int) -> list[wire.Site]:
+    sae = SAEInfo(source="s", format="f", architecture="jumprelu", d_model=1, width=8)
+    return [wire.Site(layer, sae, "activation", 2, None) for layer in layers]
+
+
+def test_unknown_and_late_messages_are_counted():
+    hub = Hub(Settings(), "m")
+    hub.handle(wire.TokensSampled(0, [wire.Sampled("nobody", [1, 2])]))
+    assert hub.counters["tokens_of_unknown_request"] == 2
+    run(hub, "a")
+    hub.handle(wire.TokensSampled(0, [wire.Sampled("a-internal", [1])]))
+    assert hub.counters["tokens_of_unknown_request"] == 3
+
+
+def test_one_request_with_broken_tokens_does_not_harm_the_step_of_others():
+    hub = Hub(Settings(), "m")
+    for name in ("bad", "good"):
+        start, rows, *_ = messages(Ids(name, name, [1], [2]), Script())
+        hub.handle(start)
+        hub.handle(rows)
+    broken = wire.Sampled("bad", [1 << 40])
+    hub.handle(wire.TokensSampled(0, [broken, wire.Sampled("good", [2], "length")]))
+    [bad], [good] = hub.traces.find("bad"), hub.traces.find("good")
+    assert [event.name for event in bad.read(0, 9)] == ["request", "prompt", "error", "done"]
+    assert [event.name for event in good.read(0, 9)] == ["request", "prompt", "token", "done"]
+
+
+def test_a_lost_sender_is_shown_and_replaced():
+    hub = Hub(Settings(), "m")
+    hub.handle(wire.Hello("old", "worker", 0, "m", armed=True), now=0)
+    assert hub.senders.armed(5)
+    assert not hub.senders.armed(5.1)
+    assert hub.senders.problems(6) == ["old has been silent for 6 s."]
+    hub.handle(wire.Hello("new", "worker", 0, "m", armed=True), now=6)
+    assert hub.senders.problems(6) == []
+
+
+def test_a_slow_reader_is_told_and_a_fast_one_loses_nothing(new_side: Callable[..., Side]):
+    side = new_side(settings={"memory_mb": 16})
+    total, steps = 16_000, Script(chunk=200, pause_s=0.01)
+    slow = socket.socket()
+    slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    slow.connect(("127.0.0.1", side.port))
+    slow.sendall(b"GET /v1/features/stream HTTP/1.0\r\n\r\n")
+    with FakeEngine(side.endpoint) as engine, side.open() as fast:
+        side.wait_armed()
+        running = threading.Thread(target=engine.run, args=("load", [1] * (total - 3), [2], steps))
+        running.start()
+        received = [next(fast) for _ in range(total)]
+        running.join()
+    assert [event["event"] for event in received if event["event"] not in ("prompt", "token")] == [
+        "request",
+        "done",
+    ]
+    events: list[dict[str, Any]] = []
+    slow.settimeout(10)
+    with slow.makefile("r", newline="\n", encoding="utf-8") as lines:
+        for event in parse_sse(line.rstrip("\r\n") for line in lines):
+            events.append(event)
+            if event["event"] == "done":
+                break
+    slow.close()
+    gaps = [event for event in events if event["event"] == "gap"]
+    assert gaps
+    assert {event["reason"] for event in gaps} == {"slow_reader"}
+    told = len(events) - len(gaps)
+    assert told + sum(gap["count"] for gap in gaps) == total
+
+
+def test_a_reader_that_takes_nothing_is_dropped_and_counted(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sse, "SEND_TIMEOUT_S", 0.1)
+    hub = Hub(Settings(), "m")
+
+    async def send(message: Message) -> None:
+        if message["type"] == "http.response.body":
+            await asyncio.Event().wait()
+
+    async def receive() -> Message:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async def read() -> None:
+        response = sse.FeatureResponse(hub, hub.subscribe_all(), View(), None)
+        await response({"type": "http", "method": "GET"}, receive, send)
+
+    asyncio.run(read())
+    assert hub.counters["readers_timed_out"] == 1
+    assert hub.readers == 0
