@@ -32,26 +32,23 @@ KILL_AFTER_S = 8
 
 
 def vllm_command(
-    model: str, port: int, settings: Settings, vllm_flags: tuple[str, ...]
+    model: str, port: int, settings: Settings | None, vllm_flags: tuple[str, ...]
 ) -> list[str]:
-    """The `vllm serve` command line; the user's own --additional-config is merged into ours."""
+    """The `vllm serve` command line; plain without settings.
+
+    The user's own --additional-config is merged into ours.
+    """
     flags = list(vllm_flags)
     if any(flag == "--port" or flag.startswith("--port=") for flag in flags):
         raise click.UsageError("give --port before the --, so that both servers know it.")
-    additional = _take_json_option(flags, "--additional-config")
-    additional["neuroscope"] = settings_dict(settings)
+    words = ["vllm", "serve", model, "--port", str(port)]
+    if settings is not None:
+        additional = _take_json_option(flags, "--additional-config")
+        additional["neuroscope"] = settings_dict(settings)
+        words += ["--additional-config", json.dumps(additional)]
     if not any(flag.startswith("--shutdown-timeout") for flag in flags):
         flags += ["--shutdown-timeout", str(DRAIN_S)]
-    return [
-        "vllm",
-        "serve",
-        model,
-        "--port",
-        str(port),
-        "--additional-config",
-        json.dumps(additional),
-        *flags,
-    ]
+    return words + flags
 
 
 def run_server(words: list[str], settings: Settings, port: int, print_command: bool) -> None:
@@ -60,11 +57,12 @@ def run_server(words: list[str], settings: Settings, port: int, print_command: b
         click.echo(shlex.join(words))
         return
     # A session of its own: Ctrl-C reaches us alone, and we decide how the child ends.
-    child = subprocess.Popen([_vllm_executable(), *words[1:]], start_new_session=True)
+    child = subprocess.Popen([vllm_executable(), *words[1:]], start_new_session=True)
     features = f"http://{settings.features_host}:{settings.features_port}"
     announcer = threading.Thread(target=_announce, args=(child, features, port), daemon=True)
     announcer.start()
-    signal.signal(signal.SIGTERM, lambda *_: _raise_interrupt())
+    for number in (signal.SIGINT, signal.SIGTERM):  # also where a shell started us ignoring them
+        signal.signal(number, _interrupt)
     try:
         code = child.wait()
     except KeyboardInterrupt:
@@ -74,20 +72,20 @@ def run_server(words: list[str], settings: Settings, port: int, print_command: b
     sys.exit(code)
 
 
-def _raise_interrupt() -> None:
+def _interrupt(number: int, frame: object) -> None:
     raise KeyboardInterrupt
 
 
 def _stop(child: subprocess.Popen[Any]) -> None:
     with contextlib.suppress(ProcessLookupError, KeyboardInterrupt):
-        child.send_signal(signal.SIGINT)
+        child.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
             child.wait(KILL_AFTER_S)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL)
 
 
-def _vllm_executable() -> str:
+def vllm_executable() -> str:
     beside = Path(sys.executable).with_name("vllm")
     found = str(beside) if beside.exists() else shutil.which("vllm")
     if found is None:
@@ -145,9 +143,7 @@ def print_banner(description: dict[str, Any], features: str, port: int) -> None:
             soft_wrap=True,
         )
     modes = {
-        sender["cudagraph_mode"]
-        for sender in description["senders"]
-        if sender["role"] == "worker"
+        sender["cudagraph_mode"] for sender in description["senders"] if sender["role"] == "worker"
     }
     console.print(f"  [bold]CUDA graphs[/]  {', '.join(sorted(modes)) or 'unknown'}")
     console.print(f"\n  watch: curl -N {features}/v1/features/stream\n", soft_wrap=True)

