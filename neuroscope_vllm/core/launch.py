@@ -11,6 +11,7 @@ import errno
 import ipaddress
 import logging
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -55,14 +56,24 @@ class SideProcess:
         self._listener = listener
         self._process: subprocess.Popen[bytes] | None = None
         self._stopping = threading.Event()
+        self._owner_pid = os.getpid()
 
     def start(self) -> None:
         self._spawn()
         threading.Thread(target=self._watch, name="neuroscope-side", daemon=True).start()
 
     def stop(self, timeout: float = 5.0) -> None:
-        """SIGTERM, so that readers get a goodbye; SIGKILL after `timeout` seconds."""
+        """SIGTERM, so that readers get a goodbye; SIGKILL after `timeout` seconds.
+
+        Also removes the runtime directory. Does nothing in a fork of the front process.
+        """
+        if os.getpid() != self._owner_pid:
+            return
         self._stopping.set()
+        self._end(timeout)
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+    def _end(self, timeout: float) -> None:
         process = self._process
         if process is None or process.poll() is not None:
             return

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -45,7 +46,7 @@ class SideServer(uvicorn.Server):
         return bool(self.parent_pid) and os.getppid() != self.parent_pid
 
 
-async def serve(config: SideConfig, listener: socket.socket) -> None:
+async def serve(config: SideConfig, listener: socket.socket, runtime_directory: Path) -> None:
     app = create_app(config)
     options = uvicorn.Config(
         app,
@@ -55,16 +56,18 @@ async def serve(config: SideConfig, listener: socket.socket) -> None:
         server_header=False,
     )
     server = SideServer(options, config.parent_pid)
-    farewell = asyncio.create_task(_say_goodbye(server, app.state.hub))
+    farewell = asyncio.create_task(_say_goodbye(server, app.state.hub, runtime_directory))
     await server.serve(sockets=[listener])
     farewell.cancel()
 
 
-async def _say_goodbye(server: SideServer, hub: Hub) -> None:
+async def _say_goodbye(server: SideServer, hub: Hub, runtime_directory: Path) -> None:
     """Tell the readers as soon as the server is to end: uvicorn waits for their streams."""
     while not server.should_exit:
         await asyncio.sleep(POLL_S)
         if server.orphaned():
+            # Nobody is left to start us again, or to clean up.
+            shutil.rmtree(runtime_directory, ignore_errors=True)
             server.should_exit = True
     # sse-starlette looks for this only; it gives streams SHUTDOWN_GRACE_S from here.
     AppStatus.should_exit = True
@@ -76,11 +79,12 @@ def main() -> None:
     logging.getLogger("httpx").setLevel(logging.WARNING)
     if len(sys.argv) != 2:
         sys.exit("usage: python -m neuroscope_vllm.server side.json")
-    config = msgspec.json.decode(Path(sys.argv[1]).read_bytes(), type=SideConfig)
+    path = Path(sys.argv[1])
+    config = msgspec.json.decode(path.read_bytes(), type=SideConfig)
     listener = socket.socket(fileno=config.listen_fd)
     host, port = listener.getsockname()[:2]
     logger.info("neuroscope: features of %s on http://%s:%s", config.model, host, port)
-    asyncio.run(serve(config, listener))
+    asyncio.run(serve(config, listener, path.parent))
 
 
 if __name__ == "__main__":

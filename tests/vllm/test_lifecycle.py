@@ -105,6 +105,9 @@ def test_taken_port_stops_the_start_and_names_the_port(
 def test_ctrl_c_drains_and_exits_130_within_10_seconds(served: Served) -> None:
     """Last in this module: it ends the shared server."""
     family = psutil.Process(served.process.pid).children(recursive=True)
+    (side,) = side_processes(served)
+    runtime_directory = Path(side.cmdline()[-1]).parent
+    assert runtime_directory.is_dir()
     with httpx.stream("GET", f"{served.features}/v1/features/stream", timeout=30) as stream:
         began = time.monotonic()
         served.process.send_signal(signal.SIGINT)
@@ -113,6 +116,7 @@ def test_ctrl_c_drains_and_exits_130_within_10_seconds(served: Served) -> None:
         assert "event: goodbye" in stream.read().decode()
     _, alive = psutil.wait_procs(family, timeout=5)
     assert alive == []
+    assert not runtime_directory.exists()
 
 
 def test_two_api_servers_share_one_side_process(
