@@ -156,8 +156,14 @@ def _own_url() -> str | None:
 
     The port is no part of EngineArgs, so vLLM's own parser reads the command line once more.
     """
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    try:
+        from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    except ImportError:  # where it was in vLLM 0.26
+        from vllm.entrypoints.openai.cli_args import (  # pyright: ignore[reportMissingImports]
+            make_arg_parser,
+        )
 
     words = sys.argv[2:] if sys.argv[1:2] == ["serve"] else sys.argv[1:]
     given, _ = make_arg_parser(FlexibleArgumentParser()).parse_known_args(words)
