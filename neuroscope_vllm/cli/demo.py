@@ -46,7 +46,7 @@ def demo_model() -> Path:
     folder = cache_dir() / NAME
     if (folder / "model.safetensors").is_file():
         return folder
-    console.print(f"Preparing {NAME}: once, about a minute, 260 MB in {folder.parent}")
+    console.print(f"Preparing {NAME}: once, about a minute, 360 MB in {folder.parent}")
     try:
         convert_gguf(find_demo_gguf(cache_dir()), folder)
     except (DemoModelError, NeuroscopeError, ImportError) as error:
