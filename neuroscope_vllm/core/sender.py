@@ -6,6 +6,7 @@ and counted; the counters travel in the next Hello.
 
 from __future__ import annotations
 
+import os
 import queue
 import threading
 import time
@@ -54,6 +55,9 @@ class Sender:
         self._thread.join(timeout)
 
     def _run(self) -> None:
+        if hasattr(os, "sched_setaffinity"):
+            # vLLM's CPU worker pins itself, and its threads inherit that: leave its core to it.
+            os.sched_setaffinity(0, range(os.cpu_count() or 1))
         context = zmq.Context()
         socket = context.socket(zmq.DEALER)
         # Queue nothing inside ZMQ for a hub that is not there: drop here, where it is counted.

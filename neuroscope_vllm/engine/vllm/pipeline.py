@@ -1,15 +1,18 @@
-"""Rows of a step to top features to a message, beside the engine's loop.
+"""Rows of a step to top features to a message.
 
-The runner's thread only copies the step's rows out of the hook's buffers (stream-ordered, no
-sync). A thread of our own encodes them, on CUDA on a stream of its own, brings the result to the
-host in one copy per step and hands it to the sender. The runner never waits for any of it.
+On CUDA the runner's thread only copies the step's rows out of the hook's buffers (stream-ordered,
+no sync). A thread of our own, with a stream of its own, encodes them, brings the result to the
+host in one copy per step and hands it to the sender; the runner waits for none of it.
+
+On a CPU the runner encodes before it goes on. A thread beside it was slower, at batch 1 and 16:
+it takes turns with the model for the GIL, and vLLM's engine core spins on the other cores.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import logging
-import os
 import queue
 import threading
 import time
@@ -75,17 +78,17 @@ class LayerEncoder:
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    step: StepView  # tensors copied
-    rows: list[Tensor]  # one per layer encoder
+    step: StepView  # its tensors are copies if the encode runs beside the next step
+    rows: list[Tensor]  # one per layer encoder; likewise
     ready: torch.cuda.Event | None
 
 
 class EncodePipeline:
     """Encodes every row of every step of one worker.
 
-    Steps wait in a queue bounded by rows; past `max_pending_rows` a step is dropped and counted
-    (`rows_dropped`), so a model that outruns its SAE costs features, never tokens. `submit_us` is
-    time spent on the runner's thread, `encode_us` on ours.
+    On CUDA, steps wait in a queue bounded by rows; past `max_pending_rows` a step is dropped and
+    counted (`rows_dropped`), so a model that outruns its SAE costs features, never tokens.
+    `submit_us` is the time the runner's thread spent here, `encode_us` that of encoding.
     """
 
     def __init__(
@@ -104,56 +107,63 @@ class EncodePipeline:
         self._pending_rows = 0
         self._lock = threading.Lock()
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name="neuroscope-encode", daemon=True)
-        self._thread.start()
+        self._thread: threading.Thread | None = None
+        if self._device.type == "cuda":
+            self._thread = threading.Thread(target=self._run, name="neuroscope-encode", daemon=True)
+            self._thread.start()
 
     def submit(self, step: StepView) -> None:
-        """Copy the step's rows and queue them. Runner's thread; no sync, no wait."""
+        """Take the step's rows, which the hook's buffers hold until the next step."""
         began = time.perf_counter()
         count = step.num_rows
         self.counters["steps"] += 1
         self.counters["rows_observed"] += count
-        with self._lock:
-            if self._pending_rows + count > self._max_pending_rows:
-                self.counters["rows_dropped"] += count
-                return
-            self._pending_rows += count
-        rows = [encoder.rows[:count].clone() for encoder in self._encoders]
-        copied = StepView(
-            step.request_ids, step.row_starts, step.positions.int(), step.token_ids.clone()
-        )
-        ready = None
-        if self._device.type == "cuda":
+        rows = [encoder.rows[:count] for encoder in self._encoders]
+        if self._thread is None:
+            with torch.inference_mode():
+                self._finish(_Job(step, rows, None))
+        elif self._admit(count):
+            copied = dataclasses.replace(
+                step, positions=step.positions.int(), token_ids=step.token_ids.clone()
+            )
+            rows = [layer_rows.clone() for layer_rows in rows]
             ready = torch.cuda.Event()
             ready.record()
-        self._jobs.put(_Job(copied, rows, ready))
+            self._jobs.put(_Job(copied, rows, ready))
         self.counters["submit_us"] += _microseconds_since(began)
 
     def close(self) -> None:
         """Encode what is queued, then end the thread."""
-        self._jobs.put(None)
-        self._thread.join(timeout=5)
+        if self._thread is not None:
+            self._jobs.put(None)
+            self._thread.join(timeout=5)
+
+    def _admit(self, count: int) -> bool:
+        with self._lock:
+            if self._pending_rows + count > self._max_pending_rows:
+                self.counters["rows_dropped"] += count
+                return False
+            self._pending_rows += count
+            return True
 
     @torch.inference_mode()
     def _run(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.set_device(self._device)
-            stream: torch.cuda.Stream | None = torch.cuda.Stream(self._device)
-        else:
-            _use_any_core()
-            stream = None
-        with torch.cuda.stream(stream):
+        torch.cuda.set_device(self._device)
+        with torch.cuda.stream(torch.cuda.Stream(self._device)):
             while (job := self._jobs.get()) is not None:
-                began = time.perf_counter()
-                try:
-                    self._send(self._encode(job))
-                    self.counters["rows_encoded"] += job.step.num_rows
-                    self.counters["encode_us"] += _microseconds_since(began)
-                except Exception:  # thread boundary: chat goes on, the loss is counted and logged
-                    self.counters["rows_failed"] += job.step.num_rows
-                    logger.exception("neuroscope: encoding a step failed")
+                self._finish(job)
                 with self._lock:
                     self._pending_rows -= job.step.num_rows
+
+    def _finish(self, job: _Job) -> None:
+        began = time.perf_counter()
+        try:
+            self._send(self._encode(job))
+            self.counters["rows_encoded"] += job.step.num_rows
+        except Exception:  # the model goes on whatever happens here; the loss is counted and logged
+            self.counters["rows_failed"] += job.step.num_rows
+            logger.exception("neuroscope: encoding a step failed")
+        self.counters["encode_us"] += _microseconds_since(began)
 
     def _encode(self, job: _Job) -> wire.StepFeatures:
         if job.ready is not None:
@@ -194,12 +204,3 @@ def _to_host(packed: Tensor) -> Tensor:
     # Waiting here, on our own thread and with the GIL released, holds up nobody.
     torch.cuda.current_stream().synchronize()
     return host
-
-
-def _use_any_core() -> None:
-    """Undo the pinning that this thread inherits from vLLM's CPU worker.
-
-    vLLM binds its compute threads to cores and leaves some to the front end; on its own core the
-    encode would take turns with the forward pass instead of running beside it.
-    """
-    os.sched_setaffinity(0, range(os.cpu_count() or 1))
