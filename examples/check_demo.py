@@ -12,7 +12,7 @@ from pathlib import Path
 
 import httpx
 
-QUESTION = "What is the capital of France?"
+QUESTION = "What is gravity?"
 START_TIMEOUT_S = 900
 
 

@@ -31,7 +31,7 @@ Starting the demo. The first start compiles the model and takes a few minutes. T
 terminals:
   curl -N http://127.0.0.1:$features_port/v1/features/stream
   curl http://127.0.0.1:$port/v1/chat/completions -H 'Content-Type: application/json' -d \\
-    '{"model": "smollm2-135m-instruct", "messages": [{"role": "user", "content": "What is the capital of France?"}], "max_tokens": 40}'
+    '{"model": "smollm2-135m-instruct", "messages": [{"role": "user", "content": "What is gravity?"}], "max_tokens": 40}'
 or open http://127.0.0.1:$features_port/ and chat there.
 END
     exec "${demo[@]}"
