@@ -37,7 +37,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     calibration: list[str] = []
     """Calibration file of each SAE; empty: `calibration.safetensors` beside it, if there."""
     labels: list[str] = []
-    """Label files (JSONL); empty: `labels/*.jsonl` beside the first SAE."""
+    """Label files (JSONL) of the first SAE; empty: `labels/*.jsonl` beside each SAE."""
     sae_input: Literal["raw", "rms"] = "raw"
     """What the SAE reads: raw residuals, or residuals divided by their RMS."""
     top_k: int = 8

@@ -42,8 +42,8 @@ class SideConfig(msgspec.Struct, frozen=True):
     """A `tokenizer.json`; None: tokens are shown by id."""
     upstream: str | None
     """vLLM's base URL; None: no pass-through."""
-    labels: list[str] = []
-    """Label files, resolved."""
+    labels: dict[int, list[str]] = {}
+    """Label files by layer, in order of preference."""
     parent_pid: int = 0
     listen_fd: int = -1
 
@@ -155,7 +155,7 @@ def launch(
     listener: socket.socket,
     tokenizer_file: Path | None,
     upstream: str | None,
-    labels: list[str],
+    labels: dict[int, list[str]],
 ) -> SideProcess:
     """Start the side process for this front process and everything it spawns.
 

@@ -55,7 +55,8 @@ async def _open(app: FastAPI) -> None:
     config: SideConfig = app.state.config
     hub: Hub = app.state.hub
     try:
-        hub.tokenizer, hub.labels = await asyncio.to_thread(_read_files, config)
+        hub.tokenizer, labels = await asyncio.to_thread(_read_files, config)
+        hub.set_labels(labels)
         ingest = Ingest(hub, config.endpoint)
         ingest.start()
     except Exception as error:
@@ -69,6 +70,9 @@ async def _open(app: FastAPI) -> None:
         ingest.close()
 
 
-def _read_files(config: SideConfig) -> tuple[Tokenizer | None, list[LabelSet]]:
+def _read_files(config: SideConfig) -> tuple[Tokenizer | None, dict[int, list[LabelSet]]]:
     tokenizer = Tokenizer.from_file(config.tokenizer_file) if config.tokenizer_file else None
-    return tokenizer, [load_labels(path) for path in config.labels]
+    labels = {
+        layer: [load_labels(path) for path in paths] for layer, paths in config.labels.items()
+    }
+    return tokenizer, labels

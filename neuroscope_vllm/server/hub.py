@@ -10,7 +10,7 @@ import logging
 import secrets
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 from tokenizers import Tokenizer
 
@@ -50,12 +50,11 @@ class Hub:
         settings: Settings,
         model: str,
         tokenizer: Tokenizer | None = None,
-        labels: Sequence[LabelSet] = (),
     ) -> None:
         self.settings = settings
         self.model = model
         self.tokenizer = tokenizer
-        self.labels = list(labels)
+        self.labels: dict[int, list[LabelSet]] = {}
         self.epoch = secrets.token_hex(4)
         self.senders = Senders()
         self.counters: Counter[str] = Counter()
@@ -64,8 +63,7 @@ class Hub:
         self.traces = TraceStore(memory - self._ring_bytes, settings.trace_requests)
         self.ring = Log()
         self.join = Join()
-        self._label_cache: dict[int, str | None] = {}
-        self._labelled_layer: int | None = None
+        self._label_texts: dict[int, dict[int, str]] = {}
         self._open: dict[str, _Open] = {}
         self._everything: set[AllRequests] = set()
         self._by_name: dict[str, set[OneRequest]] = {}
@@ -84,8 +82,6 @@ class Hub:
             case wire.RequestStarted():
                 self._on_started(message, now)
             case wire.Hello():
-                if message.sites:
-                    self._labelled_layer = message.sites[0].layer
                 for lost in self.senders.hello(message, now):
                     self._engine_gone(lost, now)
             case wire.Goodbye():
@@ -243,17 +239,14 @@ class Hub:
                 reader.wake()
             self._touched.clear()
 
-    def label_of(self, layer: int, index: int) -> str | None:
-        """Text of the first labeller that knows the feature.
+    def set_labels(self, labels: dict[int, list[LabelSet]]) -> None:
+        """Label sets by layer; of a layer's sets the first that knows a feature names it."""
+        self.labels = labels
+        self._label_texts = {
+            layer: {label.index: label.text for one in reversed(sets) for label in one}
+            for layer, sets in labels.items()
+        }
 
-        Label files belong to the first SAE; features of other layers have none.
-        """
-        if layer != self._labelled_layer:
-            return None
-        try:
-            return self._label_cache[index]
-        except KeyError:
-            found = (label_set.get(index) for label_set in self.labels)
-            text = next((label.text for label in found if label is not None), None)
-            self._label_cache[index] = text
-            return text
+    def label_of(self, layer: int, index: int) -> str | None:
+        texts = self._label_texts.get(layer)
+        return None if texts is None else texts.get(index)

@@ -57,7 +57,7 @@ def side(tmp_path_factory: pytest.TempPathFactory, tokenizer_file: Path) -> Iter
     directory = tmp_path_factory.mktemp("side")
     labels = directory / "labels.jsonl"
     labels.write_text("".join(json.dumps(label) + "\n" for label in LABELS))
-    side = start_side(directory, tokenizer_file=tokenizer_file, labels=[str(labels)])
+    side = start_side(directory, tokenizer_file=tokenizer_file, labels={20: [str(labels)]})
     yield side
     side.process.stop()
 

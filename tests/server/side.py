@@ -106,7 +106,7 @@ def start_side(directory: Path, **options: Any) -> Side:
     """Start a side process as vLLM's front process does."""
     settings = msgspec.convert(options.pop("settings", {}), Settings)
     listener = launch.listen("127.0.0.1", 0)
-    options = {"model": "fake", "tokenizer_file": None, "upstream": None, "labels": []} | options
+    options = {"model": "fake", "tokenizer_file": None, "upstream": None, "labels": {}} | options
     process = launch.launch(settings, directory=directory, listener=listener, **options)
     side = Side(process, listener.getsockname()[1])
     assert launch.wait_for_socket(directory)

@@ -23,6 +23,8 @@ def test_labels(side: Side, engine: FakeEngine):
     assert side.get("/v1/features/labels?index=1").json() == {"data": [], "total": 0}
     page = side.get("/v1/features/labels?limit=1&offset=2&labeller=test").json()
     assert ([one["index"] for one in page["data"]], page["total"]) == ([9], 3)
+    assert side.get("/v1/features/labels?layer=20").json()["total"] == 3
+    assert side.get("/v1/features/labels?layer=12").json()["total"] == 0
     missing = side.get("/v1/features/labels?labeller=nobody")
     assert missing.status_code == 404
     assert "loaded: test" in missing.json()["error"]["message"]
@@ -44,7 +46,7 @@ def test_describe(side: Side, engine: FakeEngine):
     assert body["armed"] is True
     assert [site["layer"] for site in body["sites"]] == [20]
     assert body["sites"][0]["sae"]["width"] == 16384
-    assert body["labellers"] == [{"labeller": "test", "labels": 3, "coverage": 0.0002}]
+    assert body["labellers"] == [{"labeller": "test", "layer": 20, "labels": 3, "coverage": 0.0002}]
     assert {sender["role"] for sender in body["senders"]} == {"worker", "scheduler"}
     assert body["counters"]["messages"] > 0
 

@@ -14,6 +14,7 @@ from starlette.types import Message
 
 from neuroscope_vllm.core import wire
 from neuroscope_vllm.core.config import Settings
+from neuroscope_vllm.core.labels import Label, LabelSet
 from neuroscope_vllm.core.sae.info import SAEInfo
 from neuroscope_vllm.engine.fake import FakeEngine, Ids, Script, messages
 from neuroscope_vllm.server import sse
@@ -76,14 +77,10 @@ def test_requests_are_known_by_every_id_a_client_may_have():
     assert aliases("plain-1", "i") == ["plain-1", "i"]
 
 
-def test_several_layers_give_one_event_each_and_labels_to_the_first_sae():
-    class Labels:
-        labeller = "test"
-
-        def get(self, index: int) -> Any:
-            return type("Label", (), {"text": f"label {index}"})
-
-    hub = Hub(Settings(), "m", labels=[Labels()])  # type: ignore[list-item]
+def test_several_layers_give_one_event_each_with_the_labels_of_their_own_sae():
+    labels = [Label(index=i, text=f"label {i}", labeller="test") for i in range(16384)]
+    hub = Hub(Settings(), "m")
+    hub.set_labels({20: [LabelSet("test", labels)]})
     hub.handle(wire.Hello("w", "worker", 0, "m", armed=True, sites=_sites(20, 12)))
     ids = Ids("a", "a", [1, 2], [3])
     for message in messages(ids, Script(), layers=(20, 12), top_k=2):

@@ -25,7 +25,7 @@ from neuroscope_vllm.core.config import Settings
 listener = launch.listen("127.0.0.1", 0)
 directory = Path(sys.argv[1])
 side = launch.launch(Settings(), model="m", directory=directory, listener=listener,
-                     tokenizer_file=None, upstream=None, labels=[])
+                     tokenizer_file=None, upstream=None, labels={})
 assert launch.wait_for_socket(directory)
 print(listener.getsockname()[1], side.pid, flush=True)
 time.sleep(60)

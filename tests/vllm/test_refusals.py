@@ -110,3 +110,11 @@ def test_neuroscope_serve_says_it_before_starting_vllm(tmp_path: Path) -> None:
     assert result.returncode == 1
     assert result.stderr.count("\n") == 1
     assert "NEUROSCOPE_TOPK" in result.stderr
+
+
+def test_calibration_of_another_width(refuse: Any, tiny_sae: Path, tmp_path: Path) -> None:
+    from neuroscope_vllm.core.calibration import Calibration
+
+    path = tmp_path / "calibration.safetensors"
+    Calibration.empty(256).save(path)
+    refuse({"sae": str(tiny_sae), "calibration": str(path)}, "256 features .* 512")

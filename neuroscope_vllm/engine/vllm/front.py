@@ -6,6 +6,7 @@ Everything that can be wrong is said here, in one sentence, before an engine pro
 from __future__ import annotations
 
 import atexit
+import itertools
 import logging
 import os
 import sys
@@ -15,8 +16,10 @@ from typing import Any
 from vllm.config import VllmConfig
 
 from neuroscope_vllm.core import launch
+from neuroscope_vllm.core.calibration import Calibration
 from neuroscope_vllm.core.config import RUNTIME_VARIABLE, Settings, resolve
 from neuroscope_vllm.core.errors import ConfigError, NeuroscopeError
+from neuroscope_vllm.core.labels import load_labels
 from neuroscope_vllm.core.sae import check_fits, load_sae, read_sae_info
 from neuroscope_vllm.engine.vllm import plugin
 from neuroscope_vllm.engine.vllm.refusals import check_served, warnings
@@ -78,6 +81,11 @@ def _sites(settings: Settings, vllm_config: VllmConfig) -> list[SiteSettings]:
         if RUNTIME_VARIABLE not in os.environ:
             load_sae(source)  # finds NaN and truncation now rather than in a worker
         calibration = settings.calibration[i] if settings.calibration else _beside(source)
+        if calibration is not None and (width := Calibration.load(calibration).width) != info.width:
+            raise ConfigError(
+                f"calibration {calibration} is of {width} features but SAE {source} has"
+                f" {info.width}; use the calibration made with this SAE."
+            )
         sites.append(SiteSettings(layer, source, info, calibration))
     return sorted(sites, key=lambda site: site.layer)
 
@@ -88,10 +96,18 @@ def _beside(source: str) -> str | None:
     return str(path) if path.is_file() else None
 
 
-def _labels(settings: Settings) -> list[str]:
+def _labels(settings: Settings, sites: list[SiteSettings]) -> dict[int, list[str]]:
+    """Label files by layer: those given are for the first SAE, else what ships beside each."""
+    found = {
+        site.layer: [str(path) for path in sorted(Path(site.source).glob("labels/*.jsonl"))]
+        for site in sites
+    }
     if settings.labels:
-        return settings.labels
-    return [str(p) for source in settings.sae for p in sorted(Path(source).glob("labels/*.jsonl"))]
+        first = next(site for site in sites if site.source == settings.sae[0])
+        found[first.layer] = settings.labels
+    for path in itertools.chain.from_iterable(found.values()):
+        load_labels(path)  # says now, in one sentence, what is wrong with it
+    return found
 
 
 def _endpoint(
@@ -119,7 +135,7 @@ def _endpoint(
         listener=listener,
         tokenizer_file=_tokenizer_file(vllm_config, directory),
         upstream=settings.upstream or _own_url(),
-        labels=_labels(settings),
+        labels=_labels(settings, sites),
     )
     atexit.register(side.stop)
     layers = ", ".join(str(site.layer) for site in sites)

@@ -21,6 +21,7 @@ class LabelQuery(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     labeller: str | None = None
+    layer: int | None = Field(None, ge=0)
     q: str | None = Field(None, description="Words to search for.")
     index: int | None = Field(None, ge=0)
     limit: int = Field(100, ge=1, le=1000)
@@ -29,16 +30,27 @@ class LabelQuery(BaseModel):
 
 @router.get("/labels")
 def labels(request: Request, query: Annotated[LabelQuery, Query()]) -> dict[str, Any]:
-    """Labels of features, by labeller, words or index."""
+    """Labels of features, by labeller, layer, words or index."""
     hub: Hub = request.app.state.hub
-    wanted = [one for one in hub.labels if query.labeller in (None, one.labeller)]
-    if query.labeller is not None and not wanted:
-        known = ", ".join(one.labeller for one in hub.labels) or "none"
+    sets = _label_sets(hub)
+    labellers = {one.labeller for _, one in sets}
+    if query.labeller is not None and query.labeller not in labellers:
+        known = ", ".join(sorted(labellers)) or "none"
         message = f"no labeller {query.labeller!r} here; loaded: {known}."
         raise ApiError(404, message, "labeller")
-    found = [label for one in wanted for label in _matching(one, query)]
+    found = [
+        (layer, label)
+        for layer, one in sets
+        if query.layer in (None, layer) and query.labeller in (None, one.labeller)
+        for label in _matching(one, query)
+    ]
     page = found[query.offset : query.offset + query.limit]
-    return {"data": msgspec.to_builtins(page), "total": len(found)}
+    data = [{"layer": layer, **msgspec.to_builtins(label)} for layer, label in page]
+    return {"data": data, "total": len(found)}
+
+
+def _label_sets(hub: Hub) -> list[tuple[int, LabelSet]]:
+    return [(layer, one) for layer, sets in hub.labels.items() for one in sets]
 
 
 def _matching(label_set: LabelSet, query: LabelQuery) -> list[Label]:
@@ -61,7 +73,7 @@ async def describe(request: Request) -> dict[str, Any]:
         "armed": hub.senders.armed(now),
         "sites": msgspec.to_builtins(sites),
         "top_k": settings.top_k,
-        "labellers": [_coverage(one, sites) for one in hub.labels],
+        "labellers": [_coverage(layer, one, sites) for layer, one in _label_sets(hub)],
         "limits": {
             "trace_requests": settings.trace_requests,
             "memory_mb": settings.memory_mb,
@@ -77,11 +89,12 @@ async def describe(request: Request) -> dict[str, Any]:
     }
 
 
-def _coverage(label_set: LabelSet, sites: list[Site]) -> dict[str, Any]:
-    width = sites[0].sae.width if sites else None
+def _coverage(layer: int, label_set: LabelSet, sites: list[Site]) -> dict[str, Any]:
+    width = next((site.sae.width for site in sites if site.layer == layer), None)
     count = len(label_set)
     return {
         "labeller": label_set.labeller,
+        "layer": layer,
         "labels": count,
         "coverage": round(count / width, 4) if width else None,
     }
