@@ -13,6 +13,8 @@ import httpx
 import psutil
 import pytest
 
+from neuroscope_vllm.core.labels import Label, LabelSet
+from tests.support import models
 from tests.support.served import (
     SMALL,
     Served,
@@ -119,13 +121,17 @@ def test_ctrl_c_drains_and_exits_130_within_10_seconds(served: Served) -> None:
     assert not runtime_directory.exists()
 
 
-def test_two_api_servers_share_one_side_process(
+def test_two_api_servers_share_one_side_process_and_two_layers_one_pass(
     tiny_llama: Path, tiny_sae: Path, tmp_path: Path
 ) -> None:
+    earlier = models.write_saelens_sae(tmp_path / "layer_12", d_model=64, width=256, layer=12)
+    (earlier / "labels").mkdir()
+    labels = [Label(index=i, text=f"early {i}", labeller="tokens") for i in range(256)]
+    LabelSet("tokens", labels).save(earlier / "labels" / "tokens.jsonl")
     server = start_vllm(
         tiny_llama,
         tmp_path / "log",
-        neuroscope={"sae": str(tiny_sae)},
+        neuroscope={"sae": [str(tiny_sae), str(earlier)]},
         vllm_flags=(*EAGER, "--api-server-count", "2"),
     )
     family: list[psutil.Process] = []
@@ -136,7 +142,11 @@ def test_two_api_servers_share_one_side_process(
         for i in range(6):
             chat(server, f"many-{i}")
             (trace,) = server.trace(f"chatcmpl-many-{i}")
-            assert [e["event"] for e in trace["events"]].count("token") == 4
+            tokens = [e for e in trace["events"] if e["event"] == "token"]
+            assert [e["layer"] for e in tokens] == [12, 20] * 4
+            for event in tokens[:-2]:
+                labels = {f["label"] for f in event["top_features"]}
+                assert (None in labels) == (event["layer"] == 20)
         server.process.kill()
         wait_until(lambda: not side.is_running(), timeout=5)
     finally:
