@@ -35,6 +35,9 @@ class Sender:
         self._hello = hello
         self._queue: queue.Queue[object] = queue.Queue(capacity)
         self._thread = threading.Thread(target=self._run, name="neuroscope-sender", daemon=True)
+
+    def start(self) -> None:
+        """Connect and say hello; what was put before is sent then."""
         self._thread.start()
 
     def put(self, message: wire.Message) -> bool:

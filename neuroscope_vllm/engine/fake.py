@@ -157,6 +157,8 @@ class FakeEngine:
         self._requests = 0
         self.scheduler = Sender(endpoint, lambda counters: self._hello("scheduler", counters))
         self.worker = Sender(endpoint, lambda counters: self._hello("worker", counters))
+        self.scheduler.start()
+        self.worker.start()
 
     def __enter__(self) -> FakeEngine:
         return self

@@ -36,6 +36,7 @@ class SchedulerTap:
                 sender, "scheduler", self._dp_rank, model, counters=counters
             ),
         )
+        self._sender.start()
         atexit.register(self._sender.close)
         self._wrap(scheduler)
 

@@ -59,10 +59,11 @@ def register_models() -> None:
 
 def observe(runner: Any, vllm_config: VllmConfig, settings: WorkerSettings) -> None:
     """Start encoding on the rank that sends. Raises RuntimeError if the model has no hook."""
-    hook = next((m for m in runner.model.modules() if isinstance(m, ActivationHook)), None)
+    model = runner.get_model()  # without the wrapper that CUDA graphs put around it
+    hook = next((m for m in model.modules() if isinstance(m, ActivationHook)), None)
     if hook is None:
         raise RuntimeError(
-            f"neuroscope: {type(runner.model).__name__} was built without the activation hook;"
+            f"neuroscope: {type(model).__name__} was built without the activation hook;"
             " another plugin may have registered the same architecture."
         )
     if get_tensor_model_parallel_rank() != 0 or not hook.layers:
@@ -71,7 +72,6 @@ def observe(runner: Any, vllm_config: VllmConfig, settings: WorkerSettings) -> N
         _layer_encoder(site, hook, settings) for site in settings.sites if site.layer in hook.layers
     ]
     parallel = vllm_config.parallel_config
-    pipeline: EncodePipeline
 
     def hello(counters: dict[str, int]) -> wire.Hello:
         return wire.Hello(
@@ -82,21 +82,21 @@ def observe(runner: Any, vllm_config: VllmConfig, settings: WorkerSettings) -> N
             armed=True,
             runner="v2" if is_v2(runner) else "v1",
             cudagraph_mode=_cudagraph_mode(vllm_config),
-            sites=[_wire_site(e, settings) for e in encoders],
+            sites=[_wire_site(encoder, settings) for encoder in encoders],
             warnings=warnings(vllm_config),
             counters={**counters, **pipeline.counters},
         )
 
-    send: list[Sender] = []
+    sender = Sender(settings.endpoint, hello)
     pipeline = EncodePipeline(
         encoders,
-        send=lambda message: send[0].put(message),
+        send=sender.put,
         dp_rank=parallel.data_parallel_rank,
         max_pending_rows=PENDING_STEPS * max_rows(vllm_config),
     )
-    send.append(Sender(settings.endpoint, hello))
     watch_steps(runner, pipeline.submit)
-    atexit.register(send[0].close)
+    sender.start()
+    atexit.register(sender.close)
     logger.info("neuroscope: observing layers %s of %s", hook.layers, settings.model)
 
 
