@@ -24,7 +24,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from neuroscope_vllm.cli.supervise import console, vllm_command, vllm_executable
-from neuroscope_vllm.core.config import Settings
+from neuroscope_vllm.core.config import Settings, without_settings
 
 START_TIMEOUT_S = 600
 PROMPT = "Once upon a time, in a small town by the sea, there lived"
@@ -130,6 +130,7 @@ def _server(words: list[str], port: int) -> Iterator[None]:
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            env=without_settings(os.environ),
         )
         try:
             _wait_healthy(child, port, Path(log.name))

@@ -22,7 +22,8 @@ from typing import Any
 import click
 from rich.console import Console
 
-from neuroscope_vllm.core.config import Settings, settings_dict
+from neuroscope_vllm.core.config import Settings, settings_dict, without_settings
+from neuroscope_vllm.core.launch import url_host
 
 console = Console(stderr=True)
 
@@ -56,13 +57,17 @@ def run_server(words: list[str], settings: Settings, port: int, print_command: b
     if print_command:
         click.echo(shlex.join(words))
         return
-    # A session of its own: Ctrl-C reaches us alone, and we decide how the child ends.
-    child = subprocess.Popen([vllm_executable(), *words[1:]], start_new_session=True)
-    features = f"http://{settings.features_host}:{settings.features_port}"
+    # Also where a shell started us ignoring them.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _interrupt)
+    # A session of its own: Ctrl-C reaches us alone, and we decide how the child ends. Its settings
+    # are on its command line; the environment has had its say.
+    child = subprocess.Popen(
+        [vllm_executable(), *words[1:]], start_new_session=True, env=without_settings(os.environ)
+    )
+    features = f"http://{url_host(settings.features_host)}:{settings.features_port}"
     announcer = threading.Thread(target=_announce, args=(child, features, port), daemon=True)
     announcer.start()
-    for number in (signal.SIGINT, signal.SIGTERM):  # also where a shell started us ignoring them
-        signal.signal(number, _interrupt)
     try:
         code = child.wait()
     except KeyboardInterrupt:

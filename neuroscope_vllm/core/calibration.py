@@ -1,7 +1,7 @@
 """What each feature does on ordinary text: how often it fires and how strongly.
 
-Also how large residuals are, which tells attention sinks. Built by `neuroscope calibrate` from
-shards of a corpus, on the CPU; read by `ranking`, steering and the feature card. Counts are
+Also how large residuals are, which tells attention sinks. Built from shards of a corpus, on the
+CPU; read by `ranking`, steering and the feature card. Counts are
 integers and sums are fp64, so shards combine in any order. Leave special tokens and attention sinks
 out of what `update` sees: one sink outweighs a shard.
 """
@@ -190,17 +190,19 @@ class Calibration:
                 if version != VERSION:
                     raise ConfigError(
                         f"{path} is not a calibration of version {VERSION} (it says "
-                        f"{version or 'nothing'}); make it again with `neuroscope calibrate`."
+                        f"{version or 'nothing'}); make one for this "
+                        f"version with `examples/train_demo_sae/describe.py`."
                     )
                 tensors = {name: file.get_tensor(name).clone() for name in _TENSORS}
         except FileNotFoundError as error:
             raise ConfigError(
-                f"calibration {path} does not exist; make it with `neuroscope calibrate`."
+                f"calibration {path} does not exist; "
+                f"make one with `examples/train_demo_sae/describe.py`."
             ) from error
         except (SafetensorError, OSError) as error:
             raise ConfigError(
                 f"calibration {path} cannot be read ({error}); make it again with "
-                f"`neuroscope calibrate`."
+                f"`examples/train_demo_sae/describe.py`."
             ) from error
         texts = {name: metadata.get(name, "") for name in _TEXTS}
         return cls(tokens=int(metadata["tokens"]), **tensors, **texts)

@@ -64,6 +64,11 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
             raise ConfigError(
                 f"max_frequency is {self.max_frequency}; it must lie above 0 and at most 1."
             )
+        for name in ("trace_requests", "memory_mb"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        if self.hub is not None and not self.hub.startswith(("ipc://", "tcp://")):
+            raise ConfigError(f"hub is {self.hub!r}; an endpoint begins with ipc:// or tcp://.")
         if not 0 <= self.features_port <= 65535:
             raise ConfigError(f"features_port is {self.features_port}; ports end at 65535.")
         for name in ("layer", "calibration"):
@@ -111,6 +116,15 @@ def resolve(
         raise ConfigError(f"neuroscope configuration: {error}.") from None
 
 
+def without_settings(environ: Mapping[str, str]) -> dict[str, str]:
+    """An environment for a child that is told its settings otherwise, or has none."""
+    return {
+        name: value
+        for name, value in environ.items()
+        if not name.startswith(ENV_PREFIX) or name == CACHE_VARIABLE
+    }
+
+
 def settings_dict(settings: Settings) -> dict[str, Any]:
     """The settings that differ from the defaults, as plain values."""
     return {
@@ -125,11 +139,11 @@ def from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
     """NEUROSCOPE_SAE and friends; lists are comma-separated."""
     values: dict[str, Any] = {}
     for variable, text in environ.items():
-        if not variable.startswith(ENV_PREFIX) or variable in _NOT_SETTINGS:
+        if not variable.startswith(ENV_PREFIX) or variable in _NOT_SETTINGS or not text:
             continue
         name = variable.removeprefix(ENV_PREFIX).lower()
         _checked_keys([name], f"the environment variable {variable}")
-        values[name] = text.split(",") if name in _LISTS else text
+        values[name] = [part.strip() for part in text.split(",")] if name in _LISTS else text
     return values
 
 

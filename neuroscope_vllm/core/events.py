@@ -57,6 +57,8 @@ class TokenEvent(msgspec.Struct, omit_defaults=True, gc=False):
     """Served from the prefix cache: nothing was computed, so there are no features."""
     sink: bool = False
     """An attention sink: its residual norm drowns every feature, so none is ranked."""
+    internal_id: str | None = None
+    """The engine's id; tells two requests apart that a client gave the same id."""
 
 
 GapReason = Literal["dropped", "slow_reader", "evicted", "restarted"]
@@ -79,6 +81,7 @@ class GapEvent(
     start: int | None = None
     stop: int | None = None
     count: int | None = None
+    internal_id: str | None = None
 
 
 class DoneEvent(msgspec.Struct, gc=False):
@@ -91,6 +94,7 @@ class DoneEvent(msgspec.Struct, gc=False):
     completion_tokens: int
     cached_tokens: int
     dropped: int
+    internal_id: str | None = None
 
 
 class ErrorBody(msgspec.Struct):
@@ -108,6 +112,7 @@ class ErrorEvent(msgspec.Struct):
     request_id: str
     choice: int
     error: ErrorBody
+    internal_id: str | None = None
 
 
 class GoodbyeEvent(msgspec.Struct):

@@ -127,7 +127,9 @@ def load_labels(path: str | Path) -> LabelSet:
             )
         labels.add(label)
     if labels is None:
-        raise ConfigError(f"labels {path} holds no labels; make them with `neuroscope label`.")
+        raise ConfigError(
+            f"labels {path} holds no labels; make them with `examples/train_demo_sae/describe.py`."
+        )
     return labels
 
 

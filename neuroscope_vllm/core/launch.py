@@ -28,6 +28,8 @@ from neuroscope_vllm.core.errors import ConfigError
 logger = logging.getLogger(__name__)
 
 RESTART_PAUSE_S = 0.5
+MAX_RUNTIME_BASE = 70
+"""A unix socket's path ends at 107 bytes; ours adds about 30."""
 
 
 class SideConfig(msgspec.Struct, frozen=True):
@@ -141,9 +143,16 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
+def url_host(host: str) -> str:
+    """`host` as it stands in a URL."""
+    return f"[{host}]" if ":" in host else host
+
+
 def runtime_directory() -> Path:
     """A fresh private directory (0700) for the socket and side.json."""
-    base = os.environ.get("XDG_RUNTIME_DIR") or None
+    base = os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()
+    if len(base) > MAX_RUNTIME_BASE:
+        base = "/tmp"
     return Path(tempfile.mkdtemp(prefix="neuroscope-", dir=base))
 
 

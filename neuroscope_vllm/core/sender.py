@@ -6,6 +6,7 @@ and counted; the counters travel in the next Hello.
 
 from __future__ import annotations
 
+import logging
 import os
 import queue
 import threading
@@ -17,6 +18,8 @@ import zmq
 
 from neuroscope_vllm.core import wire
 
+logger = logging.getLogger(__name__)
+
 HELLO_INTERVAL_S = 1.0
 _STOP = object()
 
@@ -24,15 +27,22 @@ _STOP = object()
 class Sender:
     """Queue in front, DEALER socket behind.
 
-    `hello` is called once a second, on the sender's thread, with the current counters.
+    `hello` is called once a second, on the sender's thread, with the current counters; `resync`,
+    likewise, when the hub is back after something could not be delivered.
     """
 
     def __init__(
-        self, endpoint: str, hello: Callable[[dict[str, int]], wire.Hello], capacity: int = 1024
+        self,
+        endpoint: str,
+        hello: Callable[[dict[str, int]], wire.Hello],
+        resync: Callable[[], None] = lambda: None,
+        capacity: int = 1024,
     ) -> None:
         self.counters: Counter[str] = Counter()
         self._endpoint = endpoint
         self._hello = hello
+        self._resync = resync
+        self._lost = False
         self._queue: queue.Queue[object] = queue.Queue(capacity)
         self._thread = threading.Thread(target=self._run, name="neuroscope-sender", daemon=True)
 
@@ -46,6 +56,7 @@ class Sender:
             self._queue.put_nowait(message)
         except queue.Full:
             self.counters["messages_dropped"] += 1
+            self._lost = True
             return False
         return True
 
@@ -76,6 +87,11 @@ class Sender:
             if now >= next_hello:
                 sent = self._send(socket, self._hello(dict(self.counters)), count=False)
                 next_hello = now + (HELLO_INTERVAL_S if sent else 0.05)
+                if sent and self._lost:
+                    self._lost = False
+                    self._resync()
+                elif not sent:
+                    self._lost = True
             try:
                 message = self._queue.get(timeout=max(0.0, next_hello - now))
             except queue.Empty:
@@ -93,6 +109,12 @@ class Sender:
         except zmq.Again:
             if count:
                 self.counters["messages_dropped"] += 1
+                self._lost = True
+            return False
+        except (TypeError, ValueError, OverflowError):
+            # One message that can not be encoded must not end the stream.
+            self.counters["messages_unencodable"] += 1
+            logger.exception("neuroscope: a message can not be encoded")
             return False
         if count:
             self.counters["messages_sent"] += 1

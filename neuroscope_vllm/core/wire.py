@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from neuroscope_vllm.core.sae.info import SAEInfo
 
-WIRE_VERSION = 1
+WIRE_VERSION = 2
 
 
 class Site(msgspec.Struct, frozen=True):
@@ -62,7 +62,6 @@ class RequestStarted(msgspec.Struct, tag="request"):
     stop: list[str] = []
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
-    detokenize: bool = True
     lora: str | None = None
 
 
@@ -73,6 +72,8 @@ class Sampled(msgspec.Struct):
     token_ids: list[int]
     finish_reason: str | None = None  # "stop" | "length" | "abort" | "error" | "repetition"
     stop_reason: int | str | None = None  # the stop token or string, as vLLM reports it
+    at: int | None = None
+    """Tokens generated before these; tells a hub that it missed some, or has them already."""
 
 
 class TokensSampled(msgspec.Struct, tag="tokens"):
@@ -80,6 +81,20 @@ class TokensSampled(msgspec.Struct, tag="tokens"):
 
     dp_rank: int
     sampled: list[Sampled]
+
+
+class Live(msgspec.Struct):
+    """A choice that runs, and its tokens so far."""
+
+    started: RequestStarted
+    token_ids: list[int]
+
+
+class Resync(msgspec.Struct, tag="resync"):
+    """All that runs on one scheduler; sent when messages were lost or the hub is a new one."""
+
+    dp_rank: int
+    live: list[Live]
 
 
 class Span(msgspec.Struct):
@@ -118,7 +133,7 @@ class Goodbye(msgspec.Struct, tag="goodbye"):
     sender: str
 
 
-Message = Hello | RequestStarted | TokensSampled | StepFeatures | Goodbye
+Message = Hello | RequestStarted | TokensSampled | Resync | StepFeatures | Goodbye
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(Message)

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 from tokenizers import Tokenizer
 
 from neuroscope_vllm.core.labels import LabelSet, load_labels
@@ -33,6 +34,10 @@ def create_app(config: SideConfig) -> FastAPI:
     app.state.failure = None
     app.state.upstream = proxy.client(config.upstream) if config.upstream else None
     errors.install(app)
+    # A page elsewhere could otherwise rebind its own name to this address and read the stream.
+    app.add_middleware(
+        TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost", "::1", "[::1]"]
+    )
     for module in (stream, features, requests, status, proxy, page):
         app.include_router(module.router)
     return app

@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable
 
+import msgspec
 from tokenizers import Tokenizer
 
 from neuroscope_vllm.core import events, wire
@@ -81,6 +82,8 @@ class Hub:
                     self._on_sampled(sampled, now)
             case wire.RequestStarted():
                 self._on_started(message, now)
+            case wire.Resync():
+                self._on_resync(message, now)
             case wire.Hello():
                 for lost in self.senders.hello(message, now):
                     self._engine_gone(lost, now)
@@ -165,6 +168,14 @@ class Hub:
         if opened.choice.finished:
             self.counters["tokens_after_end"] += len(sampled.token_ids)
             return
+        heard = opened.narrator.sampled_tokens
+        if sampled.at is not None and sampled.at > heard:
+            self.counters["tokens_missed"] += sampled.at - heard
+            return  # out of place until a resync brings those before
+        if sampled.at is not None and sampled.at < heard:
+            sampled = msgspec.structs.replace(
+                sampled, token_ids=sampled.token_ids[heard - sampled.at :]
+            )
         try:
             released = opened.narrator.hear(sampled)
             items = self.join.extend(
@@ -176,6 +187,20 @@ class Hub:
             self._fail(opened, "Its tokens could not be decoded.", now)
             return
         self._tell(sampled.internal_id, items, now)
+
+    def _on_resync(self, message: wire.Resync, now: float) -> None:
+        """Messages of a scheduler were lost: catch up with what runs, give up what does not."""
+        self.counters["resyncs"] += 1
+        live = {one.started.internal_id for one in message.live}
+        for internal_id, opened in list(self._open.items()):
+            gone = opened.dp_rank == message.dp_rank and internal_id not in live
+            if gone and not opened.choice.finished:
+                self._fail(opened, "Its last tokens were lost on their way here.", now)
+        for one in message.live:
+            internal_id = one.started.internal_id
+            if internal_id not in self._open:
+                self._on_started(one.started, now)
+            self._on_sampled(wire.Sampled(internal_id, one.token_ids, at=0), now)
 
     def _on_features(self, message: wire.StepFeatures, now: float) -> None:
         rows = unpack(message)
@@ -195,7 +220,7 @@ class Hub:
     def _fail(self, opened: _Open, message: str, now: float) -> None:
         started = opened.narrator.started
         error = events.ErrorBody(message, "server_error")
-        event = events.ErrorEvent(started.request_id, started.choice, error)
+        event = events.ErrorEvent(started.request_id, started.choice, error, started.internal_id)
         self._publish(opened.trace, [("error", None, event)])
         self.counters["requests_failed"] += 1
         self._tell(

@@ -31,6 +31,8 @@ class Narrator:
     tokenizer: Tokenizer | None
     prompt_tokens: int = field(init=False)
     completion_tokens: int = field(init=False, default=0)
+    sampled_tokens: int = field(init=False, default=0)
+    """Tokens heard of, those whose text is still held back included."""
     _prompt_text: TextStream = field(init=False)
     _output: OutputText = field(init=False)
     _texts: deque[str] = field(init=False, default_factory=deque)
@@ -51,6 +53,7 @@ class Narrator:
 
     def hear(self, sampled: wire.Sampled) -> Released:
         """The tokens of a step whose text is final."""
+        self.sampled_tokens += len(sampled.token_ids)
         released = self._output.push(sampled.token_ids, sampled.finish_reason, sampled.stop_reason)
         self._texts.extend(released.texts)
         self.completion_tokens += len(released.token_ids)
@@ -96,7 +99,8 @@ class Narrator:
             for layer in self.layers or (None,):
                 yield name, layer, make(
                     started.request_id, started.choice, token_index, position, text,
-                    placed.token_id, layer, [], None, None, phase, placed.cached,
+                    placed.token_id, layer, [], None, None, phase, placed.cached, False,
+                    started.internal_id,
                 )  # fmt: skip
             return
         row = placed.row
@@ -104,7 +108,7 @@ class Narrator:
             yield name, rows.layer, make(
                 started.request_id, started.choice, token_index, position, text,
                 placed.token_id, rows.layer, self._features(rows, row), rows.l0[row], "self", phase,
-                False, bool(rows.sink[row]),
+                False, bool(rows.sink[row]), started.internal_id,
             )  # fmt: skip
 
     def _features(self, rows: LayerRows, row: int) -> list[events.Feature]:
@@ -125,6 +129,7 @@ class Narrator:
             start=gap.start,
             stop=gap.stop,
             count=gap.stop - gap.start,
+            internal_id=self.started.internal_id,
         )
 
     def _done(self, done: Done, choice: Choice) -> events.DoneEvent:
@@ -136,4 +141,5 @@ class Narrator:
             completion_tokens=self.completion_tokens,
             cached_tokens=choice.cached_tokens,
             dropped=choice.dropped,
+            internal_id=self.started.internal_id,
         )

@@ -141,7 +141,7 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
 
 def test_other_files_are_not_calibrations(tmp_path: Path) -> None:
     path = tmp_path / "c.safetensors"
-    with pytest.raises(ConfigError, match="does not exist; make it with `neuroscope calibrate`"):
+    with pytest.raises(ConfigError, match="does not exist; make one with"):
         Calibration.load(path)
     path.write_text("hello")
     with pytest.raises(ConfigError, match="cannot be read"):
@@ -150,5 +150,7 @@ def test_other_files_are_not_calibrations(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"not a calibration of version 1 \(it says nothing\);"):
         Calibration.load(path)
     save_file({"x": torch.zeros(1)}, path, {"neuroscope_calibration": "7"})
-    with pytest.raises(ConfigError, match=r"not a calibration of version 1 \(it says 7\); make it"):
+    with pytest.raises(
+        ConfigError, match=r"not a calibration of version 1 \(it says 7\); make one"
+    ):
         Calibration.load(path)

@@ -86,7 +86,7 @@ GOOD = '{"index": 1, "text": "a", "labeller": "me"}\n'
         ('{"index": 1, "text": " \\n ", "labeller": "me"}', "line 1 of .* has an empty text"),
         ('{"index": 1, "text": "a", "labeller": ""}', "line 1 of .* names no labeller"),
         (GOOD + '{"index": 2, "text": "a", "labeller": "you"}', "line 2 .* of 'you' but the file"),
-        ("\n", "holds no labels; make them with `neuroscope label`"),
+        ("\n", "holds no labels; make them with"),
     ],
 )
 def test_a_line_that_is_not_a_label_is_named(tmp_path: Path, text: str, says: str) -> None:

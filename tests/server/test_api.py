@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from neuroscope_vllm.core import launch
+from neuroscope_vllm.core import launch, wire
 from neuroscope_vllm.core.config import Settings
 from neuroscope_vllm.core.errors import ConfigError
 from neuroscope_vllm.engine.fake import FakeEngine, Script
@@ -98,7 +98,7 @@ def test_docs_and_version(side: Side):
     assert side.get("/docs").status_code == 200
     paths = side.get("/openapi.json").json()["paths"]
     assert {"/v1/features/stream", "/v1/features/describe", "/health"} <= set(paths)
-    assert side.get("/version").json()["wire_version"] == 1
+    assert side.get("/version").json()["wire_version"] == wire.WIRE_VERSION
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.8.8.8", "::1", "localhost"])
@@ -110,3 +110,9 @@ def test_loopback_is_served(host: str):
 def test_anything_else_is_refused(host: str):
     with pytest.raises(ConfigError, match="features_host is"):
         launch.check_bind(Settings(features_host=host))
+
+
+def test_other_hosts_names_are_refused(side: Side):
+    """A page elsewhere that rebinds its name to this address must not read the stream."""
+    answer = side.get("/v1/requests", headers={"Host": "evil.example"})
+    assert answer.status_code == 400

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import socket
 import threading
 import time
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 from starlette.types import Message
 
@@ -137,7 +139,7 @@ def test_a_slow_reader_is_told_and_a_fast_one_loses_nothing(new_side: Callable[.
     slow = socket.socket()
     slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     slow.connect(("127.0.0.1", side.port))
-    slow.sendall(b"GET /v1/features/stream HTTP/1.0\r\n\r\n")
+    slow.sendall(b"GET /v1/features/stream HTTP/1.0\r\nHost: localhost\r\n\r\n")
     with FakeEngine(side.endpoint) as engine, side.open() as fast:
         side.wait_armed()
         running = threading.Thread(target=engine.run, args=("load", [1] * (total - 3), [2], steps))
@@ -182,3 +184,35 @@ def test_a_reader_that_takes_nothing_is_dropped_and_counted(monkeypatch: pytest.
     asyncio.run(read())
     assert hub.counters["readers_timed_out"] == 1
     assert hub.readers == 0
+
+
+def _started(internal_id: str, prompt: list[int]) -> wire.RequestStarted:
+    ids = np.asarray(prompt, "<i4").tobytes()
+    return wire.RequestStarted(internal_id, internal_id, 0, 0, ids, 0.0)
+
+
+def test_missed_tokens_wait_for_a_resync_and_come_once():
+    hub = Hub(Settings(), "m")
+    started = _started("a", [1])
+    hub.handle(started)
+    hub.handle(wire.TokensSampled(0, [wire.Sampled("a", [2, 3], at=0)]))
+    hub.handle(wire.TokensSampled(0, [wire.Sampled("a", [6], at=4)]))  # 4 and 5 were lost
+    assert hub.counters["tokens_missed"] == 2
+    hub.handle(wire.Resync(0, [wire.Live(started, [2, 3, 4, 5, 6])]))
+    hub.handle(wire.TokensSampled(0, [wire.Sampled("a", [6, 7], "length", at=4)]))
+    hub.tick(now=1e12)
+    [trace] = hub.traces.find("a")
+    tokens = [json.loads(e.json) for e in trace.read(0, 100) if e.name == "token"]
+    assert [e["token_id"] for e in tokens] == [2, 3, 4, 5, 6, 7]
+
+
+def test_a_resync_opens_what_runs_and_ends_what_does_not():
+    hub = Hub(Settings(), "m")
+    hub.handle(_started("gone", [1]))
+    hub.handle(wire.Resync(0, [wire.Live(_started("new", [1]), [5])]))
+    hub.tick(now=1e12)
+    [gone] = hub.traces.find("gone")
+    assert [e.name for e in gone.read(0, 100)][-1] == "done"
+    assert "error" in [e.name for e in gone.read(0, 100)]
+    [new] = hub.traces.find("new")
+    assert new.finished_at is None

@@ -56,11 +56,12 @@ def test_a_token_event_is_the_seeds_json(side: Side, engine: FakeEngine):
     features = features_of(5, 2, 20, 4)
     assert list(event) == [
         "request_id", "choice", "token_index", "position", "token", "token_id", "layer",
-        "top_features", "l0", "features_at",
+        "top_features", "l0", "features_at", "internal_id",
     ]  # fmt: skip
     assert event | {"top_features": None} == {
         "request_id": "chatcmpl-seed", "choice": 0, "token_index": 0, "position": 2, "token": "&",
         "token_id": 5, "layer": 20, "top_features": None, "l0": 25, "features_at": "self",
+        "internal_id": event["internal_id"],
     }  # fmt: skip
     assert event["top_features"][0] == {
         "index": features[0][0],
@@ -191,6 +192,7 @@ def test_lost_features_are_a_gap(side: Side, engine: FakeEngine):
         "from": 10,
         "to": 12,
         "count": 2,
+        "internal_id": gap["internal_id"],
     }
     assert [event["position"] for event in tokens(events)] == [9, 10, 11, 12]
     assert events[-1]["dropped"] == 2

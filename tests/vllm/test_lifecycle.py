@@ -7,6 +7,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -33,13 +34,18 @@ def side_processes(served: Served) -> list[psutil.Process]:
     return [p for p in family if "neuroscope_vllm.server" in p.cmdline()]
 
 
-def chat(served: Served, request_id: str, url: str | None = None) -> str:
-    body = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 4}
+def chat(served: Served, request_id: str, url: str | None = None, max_tokens: int = 4) -> str:
+    body = {
+        "model": "tiny",
+        "messages": [{"role": "user", "content": "Hi"}],
+        "max_tokens": max_tokens,
+        "ignore_eos": True,
+    }
     response = httpx.post(
         f"{url or served.chat}/v1/chat/completions",
         json=body,
         headers={"X-Request-Id": request_id},
-        timeout=60,
+        timeout=120,
     )
     response.raise_for_status()
     return response.json()["choices"][0]["message"]["content"]
@@ -90,6 +96,24 @@ def test_a_killed_side_process_comes_back_while_chat_goes_on(served: Served) -> 
     chat(served, "after")
     (trace,) = served.trace("chatcmpl-after")
     assert [e["event"] for e in trace["events"]].count("token") == 4
+
+
+def test_a_running_chat_goes_on_in_the_stream_of_the_new_side_process(served: Served) -> None:
+    (side,) = side_processes(served)
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(chat, served, "survivor", None, 400)
+        wait_until(lambda: httpx.get(f"{served.features}/v1/requests/survivor").status_code == 200)
+        side.kill()
+        text = running.result(120)
+    (trace,) = served.trace("chatcmpl-survivor")
+    tokens = [e for e in trace["events"] if e["event"] == "token"]
+    assert "".join(e["token"] for e in tokens) == text
+    assert [e["token_index"] for e in tokens] == list(range(400))
+    (gap,) = [e for e in trace["events"] if e["event"] == "gap"]
+    assert gap["reason"] == "dropped"
+    with_features = [e["position"] for e in tokens if e["features_at"] == "self"]
+    assert with_features[-1] == tokens[-2]["position"]
+    assert len(with_features) > 10
 
 
 def test_taken_port_stops_the_start_and_names_the_port(

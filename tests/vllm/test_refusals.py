@@ -112,6 +112,14 @@ def test_neuroscope_serve_says_it_before_starting_vllm(tmp_path: Path) -> None:
     assert "NEUROSCOPE_TOPK" in result.stderr
 
 
+def test_two_saes_on_one_layer(refuse: Any, tiny_sae: Path) -> None:
+    refuse({"sae": [str(tiny_sae), str(tiny_sae)]}, "two SAEs read layer 20")
+
+
+def test_ranking_without_its_calibration(refuse: Any, tiny_sae: Path) -> None:
+    refuse({"sae": str(tiny_sae), "ranking": "zscore"}, "zscore needs a calibration")
+
+
 def test_calibration_of_another_width(refuse: Any, tiny_sae: Path, tmp_path: Path) -> None:
     from neuroscope_vllm.core.calibration import Calibration
 

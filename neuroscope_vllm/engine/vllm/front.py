@@ -21,6 +21,7 @@ from neuroscope_vllm.core.config import RUNTIME_VARIABLE, Settings, resolve
 from neuroscope_vllm.core.errors import ConfigError, NeuroscopeError
 from neuroscope_vllm.core.labels import load_labels
 from neuroscope_vllm.core.sae import check_fits, load_sae, read_sae_info
+from neuroscope_vllm.core.sae.info import SAEInfo
 from neuroscope_vllm.engine.vllm import plugin
 from neuroscope_vllm.engine.vllm.refusals import check_served, warnings
 from neuroscope_vllm.engine.vllm.settings import KEY, SiteSettings, WorkerSettings, given_flags
@@ -81,25 +82,53 @@ def _sites(settings: Settings, vllm_config: VllmConfig) -> list[SiteSettings]:
         if RUNTIME_VARIABLE not in os.environ:
             load_sae(source)  # finds NaN and truncation now rather than in a worker
         calibration = settings.calibration[i] if settings.calibration else _beside(source)
-        if calibration is not None and (width := Calibration.load(calibration).width) != info.width:
-            raise ConfigError(
-                f"calibration {calibration} is of {width} features but SAE {source} has"
-                f" {info.width}; use the calibration made with this SAE."
-            )
+        if calibration is not None:
+            _check_calibration(calibration, info)
+        _check_ranking(settings, info, calibration)
+        if any(site.layer == layer for site in sites):
+            raise ConfigError(f"two SAEs read layer {layer}; give one SAE per layer.")
         sites.append(SiteSettings(layer, source, info, calibration))
     return sorted(sites, key=lambda site: site.layer)
 
 
+def _check_calibration(path: str, info: SAEInfo) -> None:
+    calibration = Calibration.load(path)
+    if calibration.width != info.width:
+        raise ConfigError(
+            f"calibration {path} is of {calibration.width} features but SAE {info.source} has"
+            f" {info.width}; use the calibration made with this SAE."
+        )
+    if calibration.tokens == 0:
+        raise ConfigError(f"calibration {path} saw no tokens; use one made on a corpus.")
+
+
+def _check_ranking(settings: Settings, info: SAEInfo, calibration: str | None) -> None:
+    if settings.top_k > info.width:
+        raise ConfigError(
+            f"top_k is {settings.top_k} but SAE {info.source} has only {info.width} features."
+        )
+    if calibration is None and settings.ranking not in (None, "activation"):
+        raise ConfigError(
+            f"ranking {settings.ranking} needs a calibration and SAE {info.source} has none beside"
+            " it; give one with calibration, or use ranking activation."
+        )
+
+
+def _folder(source: str) -> Path:
+    path = Path(source).expanduser()
+    return path.parent if path.is_file() else path
+
+
 def _beside(source: str) -> str | None:
     """The calibration that ships in an SAE's own folder."""
-    path = Path(source) / "calibration.safetensors"
+    path = _folder(source) / "calibration.safetensors"
     return str(path) if path.is_file() else None
 
 
 def _labels(settings: Settings, sites: list[SiteSettings]) -> dict[int, list[str]]:
     """Label files by layer: those given are for the first SAE, else what ships beside each."""
     found = {
-        site.layer: [str(path) for path in sorted(Path(site.source).glob("labels/*.jsonl"))]
+        site.layer: [str(path) for path in sorted(_folder(site.source).glob("labels/*.jsonl"))]
         for site in sites
     }
     if settings.labels:
@@ -182,10 +211,16 @@ def _own_url() -> str | None:
         )
 
     words = sys.argv[2:] if sys.argv[1:2] == ["serve"] else sys.argv[1:]
-    given, _ = make_arg_parser(FlexibleArgumentParser()).parse_known_args(words)
+    parser = make_arg_parser(FlexibleArgumentParser())
+    try:
+        given: Any = parser.parse_args(words)  # unlike parse_known_args it reads vLLM's --config
+    except SystemExit:
+        return None  # another program that embeds vLLM's server; its command line is its own
+    if given.uds:
+        return None
     scheme = "https" if given.ssl_certfile else "http"
     host = given.host if given.host not in (None, "", "0.0.0.0", "::") else "127.0.0.1"
-    return f"{scheme}://{host}:{given.port}"
+    return f"{scheme}://{launch.url_host(host)}:{given.port}"
 
 
 def _is_server(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

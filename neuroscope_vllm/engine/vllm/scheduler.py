@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import os
 import re
+import threading
 from collections.abc import Iterable
 from typing import Any
 
@@ -28,13 +29,16 @@ class SchedulerTap:
 
     def __init__(self, scheduler: Any, vllm_config: VllmConfig, endpoint: str, model: str) -> None:
         self._dp_rank = vllm_config.parallel_config.data_parallel_rank
-        self._live: set[str] = set()
+        self._live: dict[str, wire.Live] = {}
+        # Requests start on vLLM's input thread, tokens come on its loop, a resync on the sender's.
+        self._lock = threading.Lock()
         sender = f"scheduler-{self._dp_rank}-{os.getpid()}"
         self._sender = Sender(
             endpoint,
             lambda counters: wire.Hello(
                 sender, "scheduler", self._dp_rank, model, counters=counters
             ),
+            self._resync,
         )
         self._sender.start()
         atexit.register(self._sender.close)
@@ -45,23 +49,22 @@ class SchedulerTap:
         params = request.sampling_params
         if params is None or request.prompt_token_ids is None:
             return  # pooling, or embeddings in place of tokens: nothing to align with
-        self._live.add(request.request_id)
         external = request.external_req_id or _SUFFIX.sub("", request.request_id)
-        self._sender.put(
-            wire.RequestStarted(
-                internal_id=request.request_id,
-                request_id=external,
-                choice=choice_of(request.request_id, external),
-                dp_rank=self._dp_rank,
-                prompt_token_ids=np.asarray(request.prompt_token_ids, "<i4").tobytes(),
-                created=request.arrival_time,
-                stop=[params.stop] if isinstance(params.stop, str) else list(params.stop or []),
-                skip_special_tokens=params.skip_special_tokens,
-                include_stop_str_in_output=params.include_stop_str_in_output,
-                detokenize=params.detokenize,
-                lora=request.lora_request.lora_name if request.lora_request else None,
-            )
+        started = wire.RequestStarted(
+            internal_id=request.request_id,
+            request_id=external,
+            choice=choice_of(request.request_id, external),
+            dp_rank=self._dp_rank,
+            prompt_token_ids=np.asarray(request.prompt_token_ids, "<i4").tobytes(),
+            created=request.arrival_time,
+            stop=[params.stop] if isinstance(params.stop, str) else list(params.stop or []),
+            skip_special_tokens=params.skip_special_tokens,
+            include_stop_str_in_output=params.include_stop_str_in_output,
+            lora=request.lora_request.lora_name if request.lora_request else None,
         )
+        with self._lock:
+            self._live[started.internal_id] = wire.Live(started, [])
+            self._sender.put(started)
 
     def _wrap(self, scheduler: Any) -> None:
         update_from_output = scheduler.update_from_output
@@ -110,8 +113,20 @@ class SchedulerTap:
     def _report(self, sampled: list[wire.Sampled]) -> None:
         if not sampled:
             return
-        self._live.difference_update(s.internal_id for s in sampled if s.finish_reason)
-        self._sender.put(wire.TokensSampled(self._dp_rank, sampled))
+        with self._lock:
+            for one in sampled:
+                token_ids = self._live[one.internal_id].token_ids
+                one.at = len(token_ids)
+                token_ids.extend(one.token_ids)
+                if one.finish_reason:
+                    del self._live[one.internal_id]
+            self._sender.put(wire.TokensSampled(self._dp_rank, sampled))
+
+    def _resync(self) -> None:
+        """Everything that runs, in order with what was put before and after."""
+        with self._lock:
+            live = [wire.Live(one.started, list(one.token_ids)) for one in self._live.values()]
+            self._sender.put(wire.Resync(self._dp_rank, live))
 
 
 _REASONS = {"stopped": "stop", "length_capped": "length", "aborted": "abort"}

@@ -20,7 +20,9 @@ class StreamQuery(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    request_id: str | None = Field(None, description="One request, by any of its ids.")
+    request_id: str | None = Field(
+        None, min_length=1, description="One request, by any of its ids."
+    )
     layer: int | None = Field(None, ge=0, description="Events of this layer only.")
     top_k: int | None = Field(None, ge=1, description="Fewer features than are configured.")
     include: str | None = Field(None, description="Comma-separated: prompt, token.")
@@ -52,7 +54,7 @@ async def stream_features(
     name = query.request_id
     if name is None:
         reader = hub.subscribe_all(-1 if restarted else after)
-    elif resume and _nothing_left(hub, name, None if restarted else after):
+    elif resume and not restarted and _nothing_left(hub, name, after):
         return Response(status_code=204)
     else:
         reader = hub.subscribe(name, None if restarted else after)
@@ -82,7 +84,7 @@ def _view(hub: Hub, query: StreamQuery, ndjson: bool) -> View:
 
 def _parse(event_id: str) -> tuple[str, int]:
     epoch, _, seq = event_id.rpartition("-")
-    if not epoch or not (seq.isascii() and seq.isdigit()):
+    if not epoch or not (seq.isascii() and seq.isdigit() and len(seq) < 19):
         message = f"last event id {event_id!r} is not one of ours, <epoch>-<number>."
         raise ApiError(400, message, "last_event_id")
     return epoch, int(seq)
