@@ -89,6 +89,12 @@ _FIELDS = {field.name: field for field in msgspec.structs.fields(Settings)}
 _LISTS = {name for name, field in _FIELDS.items() if field.default_factory is list}
 
 
+def asked_for(flags: Mapping[str, Any], environ: Mapping[str, str]) -> bool:
+    """Whether anything names an SAE or a file that may; other variables of our prefix, such as
+    those Kubernetes makes for a service of our name, are no reason to interfere."""
+    return bool(flags) or any(environ.get(ENV_PREFIX + name) for name in ("SAE", "CONFIG"))
+
+
 def resolve(
     flags: Mapping[str, Any] | None = None,
     environ: Mapping[str, str] = os.environ,

@@ -9,6 +9,7 @@ import atexit
 import itertools
 import logging
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from vllm.config import VllmConfig
 
 from neuroscope_vllm.core import launch
 from neuroscope_vllm.core.calibration import Calibration
-from neuroscope_vllm.core.config import RUNTIME_VARIABLE, Settings, resolve
+from neuroscope_vllm.core.config import RUNTIME_VARIABLE, Settings, asked_for, resolve
 from neuroscope_vllm.core.errors import ConfigError, NeuroscopeError
 from neuroscope_vllm.core.labels import load_labels
 from neuroscope_vllm.core.sae import check_fits, load_sae, read_sae_info
@@ -35,9 +36,12 @@ def create_engine_config(original: Any, engine_args: Any, *args: Any, **kwargs: 
     API servers beside the first (`--api-server-count`) find the side process running and only
     pass its address on.
     """
+    flags = given_flags(engine_args)
+    if not asked_for(flags, os.environ):
+        return original(engine_args, *args, **kwargs)
     serving = _is_server(args, kwargs)
     try:
-        settings = resolve(given_flags(engine_args))
+        settings = resolve(flags)
         if not settings.configured:
             return original(engine_args, *args, **kwargs)
         listener = None
@@ -87,8 +91,15 @@ def _sites(settings: Settings, vllm_config: VllmConfig) -> list[SiteSettings]:
         _check_ranking(settings, info, calibration)
         if any(site.layer == layer for site in sites):
             raise ConfigError(f"two SAEs read layer {layer}; give one SAE per layer.")
-        sites.append(SiteSettings(layer, source, info, calibration))
+        sites.append(SiteSettings(layer, _pinned(source, info), info, calibration))
     return sorted(sites, key=lambda site: site.layer)
+
+
+def _pinned(source: str, info: SAEInfo) -> str:
+    """A hub address at the commit that was checked here, so that workers load no other."""
+    if info.revision is None:
+        return source
+    return re.sub(r"^(hf://[^/]+/[^/@]+)(@[^/]+)?", rf"\1@{info.revision}", source)
 
 
 def _check_calibration(path: str, info: SAEInfo) -> None:
@@ -132,7 +143,7 @@ def _labels(settings: Settings, sites: list[SiteSettings]) -> dict[int, list[str
         for site in sites
     }
     if settings.labels:
-        first = next(site for site in sites if site.source == settings.sae[0])
+        first = next(site for site in sites if site.info.source == settings.sae[0])
         found[first.layer] = settings.labels
     for path in itertools.chain.from_iterable(found.values()):
         load_labels(path)  # says now, in one sentence, what is wrong with it

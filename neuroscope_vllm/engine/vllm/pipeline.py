@@ -106,7 +106,7 @@ class EncodePipeline:
         self._max_pending_rows = max_pending_rows
         self._pending_rows = 0
         self._lock = threading.Lock()
-        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[_Job] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         if self._device.type == "cuda":
             self._thread = threading.Thread(target=self._run, name="neuroscope-encode", daemon=True)
@@ -124,19 +124,15 @@ class EncodePipeline:
                 self._finish(_Job(step, rows, None))
         elif self._admit(count):
             copied = dataclasses.replace(
-                step, positions=step.positions.int(), token_ids=step.token_ids.clone()
+                step,
+                positions=step.positions.to(torch.int32, copy=True),
+                token_ids=step.token_ids.clone(),
             )
             rows = [layer_rows.clone() for layer_rows in rows]
             ready = torch.cuda.Event()
             ready.record()
             self._jobs.put(_Job(copied, rows, ready))
         self.counters["submit_us"] += _microseconds_since(began)
-
-    def close(self) -> None:
-        """Encode what is queued, then end the thread."""
-        if self._thread is not None:
-            self._jobs.put(None)
-            self._thread.join(timeout=5)
 
     def _admit(self, count: int) -> bool:
         with self._lock:
@@ -150,7 +146,8 @@ class EncodePipeline:
     def _run(self) -> None:
         torch.cuda.set_device(self._device)
         with torch.cuda.stream(torch.cuda.Stream(self._device)):
-            while (job := self._jobs.get()) is not None:
+            while True:
+                job = self._jobs.get()
                 self._finish(job)
                 with self._lock:
                     self._pending_rows -= job.step.num_rows
