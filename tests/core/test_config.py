@@ -7,7 +7,13 @@ from typing import Any
 
 import pytest
 
-from neuroscope_vllm.core.config import Settings, resolve, settings_dict
+from neuroscope_vllm.core.config import (
+    Settings,
+    asked_for,
+    resolve,
+    settings_dict,
+    without_settings,
+)
 from neuroscope_vllm.core.errors import ConfigError
 
 
@@ -70,3 +76,15 @@ def test_what_is_wrong_is_said_in_one_sentence(
     with pytest.raises(ConfigError, match=match) as raised:
         resolve(flags, environ)
     assert "\n" not in str(raised.value)
+
+
+def test_stray_variables_of_our_prefix_do_not_make_us_interfere() -> None:
+    """Kubernetes sets NEUROSCOPE_SERVICE_HOST for a service called neuroscope."""
+    assert not asked_for({}, {"NEUROSCOPE_SERVICE_HOST": "10.0.0.1"})
+    assert asked_for({}, {"NEUROSCOPE_SAE": "s"})
+    assert asked_for({"sae": "s"}, {})
+
+
+def test_a_childs_environment_has_no_say() -> None:
+    environ = {"NEUROSCOPE_TOP_K": "4", "NEUROSCOPE_CACHE": "/c", "PATH": "/bin"}
+    assert without_settings(environ) == {"NEUROSCOPE_CACHE": "/c", "PATH": "/bin"}
