@@ -99,6 +99,7 @@ class EncodePipeline:
         max_pending_rows: int,
     ) -> None:
         self.counters: Counter[str] = Counter()
+        self.failing = False  # the last step could not be encoded
         self._encoders = encoders
         self._send = send
         self._dp_rank = dp_rank
@@ -157,9 +158,14 @@ class EncodePipeline:
         try:
             self._send(self._encode(job))
             self.counters["rows_encoded"] += job.step.num_rows
-        except Exception:  # the model goes on whatever happens here; the loss is counted and logged
+            self.failing = False
+        except Exception:
+            # The model goes on whatever happens here. The loss is counted, the first of a run is
+            # logged, and the worker says that it is not armed.
             self.counters["rows_failed"] += job.step.num_rows
-            logger.exception("neuroscope: encoding a step failed")
+            if not self.failing:
+                logger.exception("neuroscope: encoding a step failed")
+            self.failing = True
         self.counters["encode_us"] += _microseconds_since(began)
 
     def _encode(self, job: _Job) -> wire.StepFeatures:

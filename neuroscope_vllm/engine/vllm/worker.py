@@ -79,7 +79,7 @@ def observe(runner: Any, vllm_config: VllmConfig, settings: WorkerSettings) -> N
             role="worker",
             dp_rank=parallel.data_parallel_rank,
             model=settings.model,
-            armed=True,
+            armed=not pipeline.failing,
             runner="v2" if is_v2(runner) else "v1",
             cudagraph_mode=_cudagraph_mode(vllm_config),
             sites=[_wire_site(encoder, settings) for encoder in encoders],
