@@ -9,7 +9,10 @@ import click
 COMMANDS = {
     "serve": "Serve a model with vLLM and stream its features beside it.",
     "demo": "Serve the embedded demo model; needs no GPU and no model hub.",
+    "hub": "Run the side process alone, for engines that were started elsewhere.",
+    "keys": "Make the key file of a hub that engines reach over TCP.",
     "bench": "Measure what watching costs.",
+    "verify": "Check a running server against an offline recomputation.",
 }
 
 

@@ -31,6 +31,8 @@ _FLAGS = [
     ),
     click.option("--features-host", help="Address of the feature stream (127.0.0.1)."),
     click.option("--features-port", type=int, help="Port of the feature stream (8081)."),
+    click.option("--hub", help="Hub that runs apart: tcp://host:port or ipc://path."),
+    click.option("--hub-keys", help="Key file of a tcp:// hub."),
     click.option("--config", type=click.Path(), help="YAML file with any of these settings."),
 ]
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -51,7 +52,9 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     upstream: str | None = None
     """vLLM's own base URL, for the chat pass-through; default: as vLLM was started."""
     hub: str | None = None
-    """Endpoint of a side process started elsewhere (ipc:// or tcp://); default: start one."""
+    """Endpoint of a side process that runs apart (ipc:// or tcp://); default: start one."""
+    hub_keys: str | None = None
+    """Key file of a tcp:// hub, on each host; `neuroscope keys` makes one."""
     trace_requests: int = 512
     """Finished requests kept for replay."""
     memory_mb: int = 256
@@ -67,8 +70,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         for name in ("trace_requests", "memory_mb"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1.")
-        if self.hub is not None and not self.hub.startswith(("ipc://", "tcp://")):
-            raise ConfigError(f"hub is {self.hub!r}; an endpoint begins with ipc:// or tcp://.")
+        _check_hub(self.hub, self.hub_keys)
         if not 0 <= self.features_port <= 65535:
             raise ConfigError(f"features_port is {self.features_port}; ports end at 65535.")
         for name in ("layer", "calibration"):
@@ -83,6 +85,28 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     @property
     def configured(self) -> bool:
         return bool(self.sae)
+
+
+def _check_hub(hub: str | None, keys: str | None) -> None:
+    if hub is None or hub.startswith("ipc://"):
+        if keys is not None:
+            raise ConfigError(
+                f"hub_keys is {keys} but hub is {hub or 'not given'}; keys are for a tcp:// hub, so"
+                " give one, or leave hub_keys out."
+            )
+        return
+    if not hub.startswith("tcp://"):
+        raise ConfigError(f"hub is {hub!r}; an endpoint begins with ipc:// or tcp://.")
+    address = re.fullmatch(r"tcp://(\[[0-9A-Fa-f:.]+\]|[\w.*-]+):(\d{1,5})", hub)
+    if address is None or not 1 <= int(address[2]) <= 65535:
+        raise ConfigError(
+            f"hub is {hub!r}; write tcp://host:port, for example tcp://10.0.0.1:8082."
+        )
+    if keys is None:
+        raise ConfigError(
+            f"hub is {hub} but hub_keys is not given, and without keys anyone there could send and"
+            " listen; make a key file with `neuroscope keys` and name it in hub_keys."
+        )
 
 
 _FIELDS = {field.name: field for field in msgspec.structs.fields(Settings)}

@@ -32,6 +32,9 @@ class RequestEvent(msgspec.Struct, omit_defaults=True, gc=False):
     layers: list[int]
     dp_rank: int
     lora: str | None = None
+    beam: bool = False
+    """One step of beam `choice`: beam search runs a new request per token and beam, each with
+    all tokens so far as its prompt."""
 
 
 class TokenEvent(msgspec.Struct, omit_defaults=True, gc=False):
@@ -54,7 +57,8 @@ class TokenEvent(msgspec.Struct, omit_defaults=True, gc=False):
     features_at: Literal["self", "previous"] | None
     phase: Literal["prompt"] | None = None
     cached: bool = False
-    """Served from the prefix cache: nothing was computed, so there are no features."""
+    """Served from vLLM's prefix cache. The features are those of an earlier request with the same
+    tokens up to here, none where they are no longer kept."""
     sink: bool = False
     """An attention sink: its residual norm drowns every feature, so none is ranked."""
     internal_id: str | None = None

@@ -6,6 +6,7 @@ and counted; the counters travel in the next Hello.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import queue
@@ -15,20 +16,27 @@ from collections import Counter
 from collections.abc import Callable
 
 import zmq
+from zmq.utils.monitor import recv_monitor_message
 
 from neuroscope_vllm.core import wire
+from neuroscope_vllm.core.keys import REFUSED, Keys, read_endpoint
 
 logger = logging.getLogger(__name__)
 
 HELLO_INTERVAL_S = 1.0
+REFUSED_PAUSE_S = 1.0
+ABSENT_WARNING_S = 30.0
+HEARTBEAT_MS = 2000
+"""Over TCP: both ends notice after three that the other's host went away without a word."""
 _STOP = object()
 
 
 class Sender:
     """Queue in front, DEALER socket behind.
 
-    `hello` is called once a second, on the sender's thread, with the current counters; `resync`,
-    likewise, when the hub is back after something could not be delivered.
+    `endpoint` is `ipc://path`, or `tcp://host:port#key-file`; ConfigError if that file can not be
+    used. `hello` is called once a second, on the sender's thread, with the current counters;
+    `resync`, likewise, when the hub is back after something could not be delivered.
     """
 
     def __init__(
@@ -39,7 +47,7 @@ class Sender:
         capacity: int = 1024,
     ) -> None:
         self.counters: Counter[str] = Counter()
-        self._endpoint = endpoint
+        self._address, self._keys = read_endpoint(endpoint)
         self._hello = hello
         self._resync = resync
         self._lost = False
@@ -72,20 +80,14 @@ class Sender:
         if hasattr(os, "sched_setaffinity"):
             # vLLM's CPU worker pins itself, and its threads inherit that: leave its core to it.
             os.sched_setaffinity(0, range(os.cpu_count() or 1))
-        context = zmq.Context()
-        socket = context.socket(zmq.DEALER)
-        # Queue nothing inside ZMQ for a hub that is not there: drop here, where it is counted.
-        socket.setsockopt(zmq.IMMEDIATE, 1)
-        socket.setsockopt(zmq.SNDHWM, 256)
-        socket.setsockopt(zmq.LINGER, 500)
-        socket.setsockopt(zmq.RECONNECT_IVL, 50)
-        socket.setsockopt(zmq.RECONNECT_IVL_MAX, 500)
-        socket.connect(self._endpoint)
+        connection = _Connection(self._address, self._keys)
         next_hello = 0.0
         while True:
             now = time.monotonic()
             if now >= next_hello:
-                sent = self._send(socket, self._hello(dict(self.counters)), count=False)
+                if connection.tend(now):
+                    self._lost = True  # what ZMQ still held for the old hub went with it
+                sent = self._send(connection, self._hello(dict(self.counters)), count=False)
                 next_hello = now + (HELLO_INTERVAL_S if sent else 0.05)
                 if sent and self._lost:
                     self._lost = False
@@ -98,24 +100,107 @@ class Sender:
                 continue
             if message is _STOP:
                 break
-            self._send(socket, message)  # type: ignore[arg-type]
-        self._send(socket, wire.Goodbye(self._hello(dict(self.counters)).sender), count=False)
-        socket.close()
-        context.term()
+            self._send(connection, message)  # type: ignore[arg-type]
+        self._send(connection, wire.Goodbye(self._hello(dict(self.counters)).sender), count=False)
+        connection.close()
 
-    def _send(self, socket: zmq.Socket[bytes], message: wire.Message, count: bool = True) -> bool:
+    def _send(self, connection: _Connection, message: wire.Message, count: bool = True) -> bool:
         try:
-            socket.send(wire.encode(message), zmq.NOBLOCK)
-        except zmq.Again:
-            if count:
-                self.counters["messages_dropped"] += 1
-                self._lost = True
-            return False
+            sent = connection.send(wire.encode(message))
         except (TypeError, ValueError, OverflowError):
             # One message that can not be encoded must not end the stream.
             self.counters["messages_unencodable"] += 1
             logger.exception("neuroscope: a message can not be encoded")
             return False
         if count:
-            self.counters["messages_sent"] += 1
+            self.counters["messages_sent" if sent else "messages_dropped"] += 1
+            self._lost = self._lost or not sent
+        return sent
+
+
+class _Connection:
+    """A DEALER that finds the hub again, also where ZMQ gives up: after a refused handshake."""
+
+    def __init__(self, address: str, keys: Keys | None) -> None:
+        self._address = address
+        self._context = zmq.Context()
+        self._socket = self._context.socket(zmq.DEALER)
+        self._configure(self._socket, keys)
+        watched = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | REFUSED
+        self._monitor = self._socket.get_monitor_socket(watched)
+        self._socket.connect(address)
+        self._refusals = 0
+        self._connect_at: float | None = None
+        self._absent_since: float | None = time.monotonic()
+        self._warned = False
+
+    @staticmethod
+    def _configure(socket: zmq.Socket[bytes], keys: Keys | None) -> None:
+        # Queue nothing inside ZMQ for a hub that is not there: drop here, where it is counted.
+        socket.setsockopt(zmq.IMMEDIATE, 1)
+        socket.setsockopt(zmq.SNDHWM, 256)
+        socket.setsockopt(zmq.LINGER, 500)
+        socket.setsockopt(zmq.RECONNECT_IVL, 50)
+        socket.setsockopt(zmq.RECONNECT_IVL_MAX, 500)
+        if keys is not None:
+            keys.arm_engine(socket)
+            socket.setsockopt(zmq.IPV6, 1)
+            socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
+            socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 3 * HEARTBEAT_MS)
+            socket.setsockopt(zmq.HEARTBEAT_TTL, 3 * HEARTBEAT_MS)
+
+    def send(self, data: bytes) -> bool:
+        """False if the hub is not there or its queue is full."""
+        try:
+            self._socket.send(data, zmq.NOBLOCK)
+        except zmq.Again:
+            return False
         return True
+
+    def tend(self, now: float) -> bool:
+        """Take note of what happened to the connection; True if it broke since the last call."""
+        broke = refused = gave_up = False
+        while self._monitor.poll(0):
+            event = recv_monitor_message(self._monitor)["event"]
+            if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+                self._found()
+            elif event != zmq.EVENT_DISCONNECTED:
+                refused = True
+            elif self._absent_since is None:
+                broke, self._absent_since = True, now
+            else:  # in the middle of a handshake: ZMQ may or may not try again
+                gave_up = True
+        if refused:
+            self._refused()
+        if (refused or gave_up) and self._connect_at is None:
+            self._connect_at = now + REFUSED_PAUSE_S
+            with contextlib.suppress(zmq.ZMQError):  # where ZMQ itself has disconnected
+                self._socket.disconnect(self._address)
+        elif self._connect_at is not None and now >= self._connect_at:
+            self._connect_at = None
+            self._socket.connect(self._address)
+        if self._absent_since is not None and now > self._absent_since + ABSENT_WARNING_S:
+            self._warn("no hub can be reached at %s (setting hub)")
+        return broke
+
+    def close(self) -> None:
+        self._socket.disable_monitor()
+        self._monitor.close()
+        self._socket.close()
+        self._context.term()
+
+    def _found(self) -> None:
+        if self._warned:
+            logger.warning("neuroscope: the hub at %s takes our features now", self._address)
+        self._warned, self._refusals, self._absent_since = False, 0, None
+
+    def _refused(self) -> None:
+        self._refusals += 1
+        if self._refusals == 2:  # once may be a hub that was just being stopped
+            self._warn("the hub at %s refuses our key; hub_keys must be a copy of the hub's file")
+
+    def _warn(self, sentence: str) -> None:
+        if not self._warned:
+            self._warned = True
+            message = f"neuroscope: {sentence}; until then features are dropped."
+            logger.warning(message, self._address)

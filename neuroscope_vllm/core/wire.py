@@ -5,6 +5,9 @@ requests exist, what was sampled, what stands after stops and rejected drafts. T
 knows the features of the rows it ran. The hub joins the two by (internal_id, position), so a
 worker never has to know about speculation, preemption or an extra forward after EOS.
 
+`engine` names one engine core among all that send to a hub: vLLM's instance and its data-parallel
+rank.
+
 Encoding is msgpack through msgspec, typed on both ends; arrays travel as little-endian bytes.
 """
 
@@ -16,7 +19,7 @@ from numpy.typing import NDArray
 
 from neuroscope_vllm.core.sae.info import SAEInfo
 
-WIRE_VERSION = 2
+WIRE_VERSION = 3
 
 
 class Site(msgspec.Struct, frozen=True):
@@ -28,6 +31,29 @@ class Site(msgspec.Struct, frozen=True):
     top_k: int
     sink_norm: float | None
     """Rows with a larger residual L2 norm are attention sinks; None without calibration."""
+    dtype: str = ""
+    """Of the residuals: the precision the model runs in, e.g. "bfloat16"."""
+    calibration: str | None = None
+    sae_input: str = "raw"
+    max_frequency: float = 0.5
+
+
+class SelfTest(msgspec.Struct, frozen=True):
+    """What a known text showed at one layer when the worker started.
+
+    The figures are over `tokens` positions, attention sinks left out; without any where the text
+    is too short, or where there is no tokenizer to make it known.
+    """
+
+    layer: int
+    tokens: int = 0
+    l0: float | None = None
+    expected_l0: float | None = None
+    """By the calibration, or as the SAE's publisher names it."""
+    explained_variance: float | None = None
+    warning: str | None = None
+    failure: str | None = None
+    """The hook is dead; the server stops."""
 
 
 class Hello(msgspec.Struct, tag="hello"):
@@ -39,6 +65,7 @@ class Hello(msgspec.Struct, tag="hello"):
 
     sender: str
     role: str  # "worker" | "scheduler"
+    engine: str
     dp_rank: int
     model: str
     wire_version: int = WIRE_VERSION
@@ -48,6 +75,8 @@ class Hello(msgspec.Struct, tag="hello"):
     sites: list[Site] = []
     warnings: list[str] = []
     counters: dict[str, int] = {}
+    self_test: list[SelfTest] = []
+    """Workers only, one a layer; empty until it has run."""
 
 
 class RequestStarted(msgspec.Struct, tag="request"):
@@ -56,13 +85,28 @@ class RequestStarted(msgspec.Struct, tag="request"):
     internal_id: str
     request_id: str  # as the client sees it, e.g. "chatcmpl-abc"
     choice: int
+    engine: str
     dp_rank: int
     prompt_token_ids: bytes  # int32[prompt_len]
     created: float  # unix seconds
     stop: list[str] = []
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
+    min_tokens: int = 0
+    """Stop strings do not count before this many tokens."""
+    spaces_between_special_tokens: bool = True
     lora: str | None = None
+    beam: bool = False
+    """One step of one beam: beam search runs a new request for every token of every beam."""
+    prefix_root: bytes = b""
+    """Requests of equal root may share prefix-cache blocks: a digest of LoRA and cache salt."""
+
+
+class RequestScheduled(msgspec.Struct, tag="scheduled"):
+    """A choice runs for the first time; its first `cached_tokens` come from the prefix cache."""
+
+    internal_id: str
+    cached_tokens: int
 
 
 class Sampled(msgspec.Struct):
@@ -74,26 +118,33 @@ class Sampled(msgspec.Struct):
     stop_reason: int | str | None = None  # the stop token or string, as vLLM reports it
     at: int | None = None
     """Tokens generated before these; tells a hub that it missed some, or has them already."""
+    computed_tokens: int | None = None
+    """Of an aborted choice: positions from here on never ran. None: all but the last token did."""
 
 
 class TokensSampled(msgspec.Struct, tag="tokens"):
     """Everything the scheduler accepted in one step. Aborts come as a Sampled without tokens."""
 
-    dp_rank: int
     sampled: list[Sampled]
 
 
 class Live(msgspec.Struct):
-    """A choice that runs, and its tokens so far."""
+    """A choice that runs or ended a short while ago, and its tokens so far."""
 
     started: RequestStarted
     token_ids: list[int]
+    cached_tokens: int | None = None
+    """None until it was scheduled for the first time."""
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    computed_tokens: int | None = None
 
 
 class Resync(msgspec.Struct, tag="resync"):
-    """All that runs on one scheduler; sent when messages were lost or the hub is a new one."""
+    """All that one scheduler runs and what it lately ended; sent when messages were lost or the
+    hub is a new one."""
 
-    dp_rank: int
+    engine: str
     live: list[Live]
 
 
@@ -118,13 +169,20 @@ class LayerFeatures(msgspec.Struct):
 
 
 class StepFeatures(msgspec.Struct, tag="features"):
-    """Features of every row of one forward pass. Rows may turn out not to stand."""
+    """Features of every row of one forward pass. Rows may turn out not to stand.
 
-    dp_rank: int
+    Pipeline stages that own different layers send one message each for the same step.
+    """
+
+    engine: str
     spans: list[Span]
     positions: bytes  # int32[n], absolute in the request's context
     token_ids: bytes  # int32[n], the input token of each row
     layers: list[LayerFeatures]
+    step: int
+    """Counts the engine's forward passes; the same on all pipeline stages."""
+    num_layers: int
+    """Layers observed on all stages together."""
 
 
 class Goodbye(msgspec.Struct, tag="goodbye"):
@@ -133,7 +191,9 @@ class Goodbye(msgspec.Struct, tag="goodbye"):
     sender: str
 
 
-Message = Hello | RequestStarted | TokensSampled | Resync | StepFeatures | Goodbye
+Message = (
+    Hello | RequestStarted | RequestScheduled | TokensSampled | Resync | StepFeatures | Goodbye
+)
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(Message)

@@ -45,11 +45,13 @@ def step_features(
         for (name, span), end in zip(rows.items(), ends, strict=True)
     ]
     return wire.StepFeatures(
-        dp_rank=0,
+        engine="fake",
         spans=spans,
         positions=np.array([p for p, _ in flat], "<i4").tobytes(),
         token_ids=np.array([t for _, t in flat], "<i4").tobytes(),
         layers=[_layer(flat, layer, top_k) for layer in layers],
+        step=0,
+        num_layers=len(layers),
     )
 
 
@@ -118,30 +120,32 @@ def messages(
         internal_id=ids.internal_id,
         request_id=ids.request_id,
         choice=script.choice,
+        engine="fake",
         dp_rank=0,
         prompt_token_ids=np.array(ids.prompt, "<i4").tobytes(),
         created=time.time(),
         stop=list(script.stop),
     )
+    scheduled = wire.RequestScheduled(ids.internal_id, script.cached)
     if not script.features_first:
-        yield started
+        yield from (started, scheduled)
     for start in range(script.cached, len(ids.prompt), script.chunk):
         yield rows(start, min(start + script.chunk, len(ids.prompt)))
     if script.features_first:
-        yield started
+        yield from (started, scheduled)
     for at, token_id in enumerate(ids.output):
         end = len(ids.prompt) + at + 1
         sampled = wire.Sampled(ids.internal_id, [token_id])
         if end == len(context) and not script.abort:
             sampled.finish_reason, sampled.stop_reason = script.finish_reason, script.stop_reason
-        truth = wire.TokensSampled(0, [sampled])
+        truth = wire.TokensSampled([sampled])
         # The step after the last token is the one vLLM runs in vain when it schedules ahead.
         step = rows(end - 1, end)
         yield from (step, truth) if script.features_first else (truth, step)
         if script.preempt_at == at:
             yield rows(0, end)
     if script.abort:
-        yield wire.TokensSampled(0, [wire.Sampled(ids.internal_id, [], "abort")])
+        yield wire.TokensSampled([wire.Sampled(ids.internal_id, [], "abort")])
 
 
 class FakeEngine:
@@ -193,6 +197,7 @@ class FakeEngine:
         return wire.Hello(
             sender=f"fake-{role}-{os.getpid()}-{id(self)}",
             role=role,
+            engine="fake",
             dp_rank=0,
             model="fake",
             armed=self._armed,

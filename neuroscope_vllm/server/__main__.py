@@ -17,6 +17,7 @@ from types import FrameType
 
 import msgspec
 import uvicorn
+from fastapi import FastAPI
 from sse_starlette.sse import AppStatus
 
 from neuroscope_vllm.core.launch import SideConfig
@@ -46,7 +47,10 @@ class SideServer(uvicorn.Server):
         return bool(self.parent_pid) and os.getppid() != self.parent_pid
 
 
-async def serve(config: SideConfig, listener: socket.socket, runtime_directory: Path) -> None:
+async def serve(
+    config: SideConfig, listener: socket.socket, runtime_directory: Path | None
+) -> str | None:
+    """Serve until told to end; returns why it never could, if so."""
     app = create_app(config)
     options = uvicorn.Config(
         app,
@@ -56,35 +60,45 @@ async def serve(config: SideConfig, listener: socket.socket, runtime_directory: 
         server_header=False,
     )
     server = SideServer(options, config.parent_pid)
-    farewell = asyncio.create_task(_say_goodbye(server, app.state.hub, runtime_directory))
+    farewell = asyncio.create_task(_say_goodbye(server, app, runtime_directory))
     await server.serve(sockets=[listener])
     farewell.cancel()
+    return app.state.failure
 
 
-async def _say_goodbye(server: SideServer, hub: Hub, runtime_directory: Path) -> None:
+async def _say_goodbye(server: SideServer, app: FastAPI, runtime_directory: Path | None) -> None:
     """Tell the readers as soon as the server is to end: uvicorn waits for their streams."""
+    hub: Hub = app.state.hub
     while not server.should_exit:
         await asyncio.sleep(POLL_S)
         if server.orphaned():
             # Nobody is left to start us again, or to clean up.
-            shutil.rmtree(runtime_directory, ignore_errors=True)
+            if runtime_directory is not None:
+                shutil.rmtree(runtime_directory, ignore_errors=True)
             server.should_exit = True
+        if app.state.failure and not server.parent_pid:
+            server.should_exit = True  # a front process would show it in its /health
     # sse-starlette looks for this only; it gives streams SHUTDOWN_GRACE_S from here.
     AppStatus.should_exit = True
     hub.close("shutdown")
 
 
-def main() -> None:
+def run(config: SideConfig, listener: socket.socket, runtime_directory: Path | None = None) -> None:
+    """Run the side process in this one. Exits with a sentence when it can not work alone."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
+    host, port = listener.getsockname()[:2]
+    logger.info("neuroscope: features of %s on http://%s:%s", config.model, host, port)
+    if failure := asyncio.run(serve(config, listener, runtime_directory)):
+        sys.exit(f"neuroscope: {failure}")
+
+
+def main() -> None:
     if len(sys.argv) != 2:
         sys.exit("usage: python -m neuroscope_vllm.server side.json")
     path = Path(sys.argv[1])
     config = msgspec.json.decode(path.read_bytes(), type=SideConfig)
-    listener = socket.socket(fileno=config.listen_fd)
-    host, port = listener.getsockname()[:2]
-    logger.info("neuroscope: features of %s on http://%s:%s", config.model, host, port)
-    asyncio.run(serve(config, listener, path.parent))
+    run(config, socket.socket(fileno=config.listen_fd), path.parent)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from fastapi import FastAPI
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from tokenizers import Tokenizer
 
+from neuroscope_vllm.core.errors import NeuroscopeError
 from neuroscope_vllm.core.labels import LabelSet, load_labels
 from neuroscope_vllm.core.launch import SideConfig
 from neuroscope_vllm.server import errors
@@ -64,6 +65,10 @@ async def _open(app: FastAPI) -> None:
         hub.set_labels(labels)
         ingest = Ingest(hub, config.endpoint)
         ingest.start()
+    except NeuroscopeError as error:
+        app.state.failure = str(error)
+        logger.error("neuroscope: %s", error)
+        return
     except Exception as error:
         app.state.failure = f"the side process can not work: {error}"
         logger.exception("neuroscope: the side process can not work")

@@ -16,9 +16,6 @@ from tokenizers.decoders import DecodeStream
 logger = logging.getLogger(__name__)
 
 _INVALID_PREFIX = "Invalid prefix encountered"
-OVERRUN_TOKENS = 64
-"""vLLM's front end sees a stop string a few steps before the engine stops. If this many tokens
-follow one, it did not count (`min_tokens`), and the text goes on."""
 
 
 class Released(NamedTuple):
@@ -30,20 +27,41 @@ class Released(NamedTuple):
 
 
 class TextStream:
-    """Text of one token after another. Without a tokenizer a token is shown as `<id>`."""
+    """Text of one token after another. Without a tokenizer a token is shown as `<id>`.
+
+    Without `spaces_between_special_tokens`, one right after another is its bare content.
+    """
 
     def __init__(
-        self, tokenizer: Tokenizer | None, prompt_ids: list[int], skip_special_tokens: bool
+        self,
+        tokenizer: Tokenizer | None,
+        prompt_ids: list[int],
+        skip_special_tokens: bool,
+        spaces_between_special_tokens: bool = True,
     ) -> None:
         self._tokenizer = tokenizer
         self._skip = skip_special_tokens
         self._stream = DecodeStream(ids=prompt_ids, skip_special_tokens=skip_special_tokens)
+        self._bare: dict[int, str] = {}
+        if tokenizer is not None and not (skip_special_tokens or spaces_between_special_tokens):
+            added = tokenizer.get_added_tokens_decoder()
+            self._bare = {token_id: token.content for token_id, token in added.items()}
+        self._last_special = False
 
     def step(self, token_id: int) -> str:
         if self._tokenizer is None:
             return f"<{token_id}>"
+        text = self._decode(self._tokenizer, token_id)
+        if self._bare:
+            special = self._bare.get(token_id)
+            if special is not None and self._last_special:
+                text = special
+            self._last_special = special is not None
+        return text
+
+    def _decode(self, tokenizer: Tokenizer, token_id: int) -> str:
         try:
-            return self._stream.step(self._tokenizer, token_id) or ""
+            return self._stream.step(tokenizer, token_id) or ""
         except (OverflowError, TypeError):
             return ""
         except Exception as error:
@@ -52,7 +70,7 @@ class TextStream:
             # Some tokenizers decode non-monotonically; vLLM starts a new stream here too
             # (vllm-project/vllm#17448).
             self._stream = DecodeStream(skip_special_tokens=self._skip)
-            return self._stream.step(self._tokenizer, token_id) or ""
+            return self._stream.step(tokenizer, token_id) or ""
 
 
 class OutputText:
@@ -64,16 +82,18 @@ class OutputText:
         *,
         stop: list[str],
         include_stop_str_in_output: bool,
+        min_tokens: int = 0,
     ) -> None:
         self._stream = stream
         self._stop = stop
+        self._min_tokens = min_tokens
+        self._count = 0  # tokens appended
         self._include_stop = include_stop_str_in_output
         holds = bool(stop) and not include_stop_str_in_output
         self._buffer = max(map(len, stop)) - 1 if holds else 0
         self._text = ""
         self._pending: list[tuple[int, int, int]] = []  # token id, text start, text end
         self._cut: int | None = None  # a stop string was seen: the text ends here
-        self._overrun: list[tuple[int, str]] = []  # tokens sampled after it
 
     def push(
         self, token_ids: list[int], finish_reason: str | None, stop_reason: int | str | None
@@ -90,20 +110,19 @@ class OutputText:
             return Released(token_ids, texts, finish_reason)
         for token_id, text in zip(token_ids, texts, strict=True):
             self._append(token_id, text)
-        if self._cut is not None and len(self._overrun) > OVERRUN_TOKENS:
-            self._resume()
         if finish_reason is not None and self._cut is not None:
             finish_reason = "stop"
         return self._release(finish_reason)
 
     def _append(self, token_id: int, text: str) -> None:
         if self._cut is not None:
-            self._overrun.append((token_id, text))
-            return
+            return  # sampled before vLLM's front end could tell the engine to stop
+        self._count += 1
         start = len(self._text)
         self._text += text
         self._pending.append((token_id, start, len(self._text)))
-        self._cut = self._find_stop(len(text))
+        if self._count > self._min_tokens:
+            self._cut = self._find_stop(len(text))
 
     def _find_stop(self, new_chars: int) -> int | None:
         """Where the text ends if a stop string was completed by the last `new_chars`."""
@@ -117,11 +136,6 @@ class OutputText:
                 cut = first_end if self._include_stop else at
         return cut
 
-    def _resume(self) -> None:
-        overrun, self._overrun, self._cut = self._overrun, [], None
-        for token_id, text in overrun:
-            self._append(token_id, text)
-
     def _release(self, finish_reason: str | None) -> Released:
         end = len(self._text) if self._cut is None else self._cut
         safe = len(self._text) - self._buffer if self._cut is None else self._cut
@@ -130,6 +144,9 @@ class OutputText:
             if finish_reason is None and text_end > safe:
                 break
             count += 1
+        if self._cut is not None and finish_reason is None:
+            # The last one: told with the end, or rows of the steps until then would join it.
+            count = min(count, len(self._pending) - 1)
         ready, self._pending = self._pending[:count], self._pending[count:]
         ids = [token_id for token_id, _, _ in ready]
         return Released(

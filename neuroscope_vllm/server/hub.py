@@ -20,27 +20,31 @@ from neuroscope_vllm.core.config import Settings
 from neuroscope_vllm.core.labels import LabelSet
 from neuroscope_vllm.server.join import Choice, Item, Join
 from neuroscope_vllm.server.narrate import Named, Narrator
+from neuroscope_vllm.server.prefix import PrefixCache
 from neuroscope_vllm.server.rows import unpack
 from neuroscope_vllm.server.senders import Sender, Senders
+from neuroscope_vllm.server.stages import Stages
 from neuroscope_vllm.server.subscribe import AllRequests, OneRequest
 from neuroscope_vllm.server.traces import Event, Log, Trace, TraceStore
 
 logger = logging.getLogger(__name__)
 
 RING_SHARE = 0.25
-"""Part of the memory ceiling for the stream of all requests; the traces have the rest."""
+PREFIX_SHARE = 0.25
+"""Parts of the memory ceiling for the stream of all requests and for the features of token
+prefixes; the traces have the rest."""
 
 
 class _Open:
     """A choice that runs."""
 
-    __slots__ = ("choice", "dp_rank", "narrator", "trace")
+    __slots__ = ("choice", "engine", "narrator", "trace")
 
     def __init__(self, narrator: Narrator, choice: Choice, trace: Trace) -> None:
         self.narrator = narrator
         self.choice = choice
         self.trace = trace
-        self.dp_rank = narrator.started.dp_rank
+        self.engine = narrator.started.engine
 
 
 class Hub:
@@ -61,9 +65,12 @@ class Hub:
         self.counters: Counter[str] = Counter()
         memory = settings.memory_mb * 2**20
         self._ring_bytes = int(memory * RING_SHARE)
-        self.traces = TraceStore(memory - self._ring_bytes, settings.trace_requests)
+        prefix_bytes = int(memory * PREFIX_SHARE)
+        self.traces = TraceStore(memory - self._ring_bytes - prefix_bytes, settings.trace_requests)
         self.ring = Log()
-        self.join = Join()
+        self.prefixes = PrefixCache(prefix_bytes)
+        self.join = Join(self.prefixes)
+        self._stages = Stages()
         self._label_texts: dict[int, dict[int, str]] = {}
         self._open: dict[str, _Open] = {}
         self._everything: set[AllRequests] = set()
@@ -76,12 +83,15 @@ class Hub:
         now = time.monotonic() if now is None else now
         match message:
             case wire.StepFeatures():
-                self._on_features(message, now)
+                for whole in self._stages.add(message, now):
+                    self._on_features(whole, now)
             case wire.TokensSampled():
                 for sampled in message.sampled:
                     self._on_sampled(sampled, now)
             case wire.RequestStarted():
                 self._on_started(message, now)
+            case wire.RequestScheduled():
+                self._on_scheduled(message.internal_id, message.cached_tokens, now)
             case wire.Resync():
                 self._on_resync(message, now)
             case wire.Hello():
@@ -95,6 +105,10 @@ class Hub:
     def tick(self, now: float | None = None) -> None:
         """Do what is due by time; call a few times a second."""
         now = time.monotonic() if now is None else now
+        for gone in self.senders.forget(now):
+            self._engine_gone(gone, now)
+        for partial in self._stages.tick(now):
+            self._on_features(partial, now)
         for internal_id, items in self.join.tick(now):
             self._tell(internal_id, items, now)
         self._wake()
@@ -152,13 +166,17 @@ class Hub:
         for name in trace.aliases:
             for reader in self._by_name.get(name, ()):
                 reader.attach(trace)
-        items = self.join.start(internal_id, narrator.prompt_ids)
+        items = self.join.start(internal_id, narrator.prompt_ids, started.prefix_root)
         choice = self.join.get(internal_id)
         assert choice is not None
         self._open[internal_id] = _Open(narrator, choice, trace)
         self.counters["requests"] += 1
         self._publish(trace, [narrator.request()])
         self._tell(internal_id, items, now)
+
+    def _on_scheduled(self, internal_id: str, cached_tokens: int, now: float) -> None:
+        if internal_id in self._open:
+            self._tell(internal_id, self.join.scheduled(internal_id, cached_tokens), now)
 
     def _on_sampled(self, sampled: wire.Sampled, now: float) -> None:
         opened = self._open.get(sampled.internal_id)
@@ -179,7 +197,11 @@ class Hub:
         try:
             released = opened.narrator.hear(sampled)
             items = self.join.extend(
-                sampled.internal_id, released.token_ids, released.finish_reason, now
+                sampled.internal_id,
+                released.token_ids,
+                released.finish_reason,
+                now,
+                sampled.computed_tokens,
             )
         except Exception:
             # Its tokenizer or its ids are broken; the other requests of the step are not.
@@ -189,23 +211,38 @@ class Hub:
         self._tell(sampled.internal_id, items, now)
 
     def _on_resync(self, message: wire.Resync, now: float) -> None:
-        """Messages of a scheduler were lost: catch up with what runs, give up what does not."""
+        """Messages of a scheduler were lost: catch up with what runs or lately ended."""
         self.counters["resyncs"] += 1
-        live = {one.started.internal_id for one in message.live}
+        told = {one.started.internal_id for one in message.live}
         for internal_id, opened in list(self._open.items()):
-            gone = opened.dp_rank == message.dp_rank and internal_id not in live
+            gone = opened.engine == message.engine and internal_id not in told
             if gone and not opened.choice.finished:
                 self._fail(opened, "Its last tokens were lost on their way here.", now)
         for one in message.live:
             internal_id = one.started.internal_id
             if internal_id not in self._open:
+                if one.finish_reason is not None and self.join.ended(internal_id):
+                    continue
                 self._on_started(one.started, now)
-            self._on_sampled(wire.Sampled(internal_id, one.token_ids, at=0), now)
+            if one.cached_tokens is not None:
+                self._on_scheduled(internal_id, one.cached_tokens, now)
+            if internal_id in self._open and not self._open[internal_id].choice.finished:
+                sampled = wire.Sampled(
+                    internal_id,
+                    one.token_ids,
+                    one.finish_reason,
+                    one.stop_reason,
+                    at=0,
+                    computed_tokens=one.computed_tokens,
+                )
+                self._on_sampled(sampled, now)
 
     def _on_features(self, message: wire.StepFeatures, now: float) -> None:
         rows = unpack(message)
         self.counters["rows"] += len(rows.positions)
-        for span in message.spans:
+        # A request's cached prefix may be what another one computes in this very step: that one's
+        # rows begin at lower positions, so they go first.
+        for span in sorted(message.spans, key=lambda span: rows.positions[span.start]):
             items = self.join.add(span.internal_id, rows, span.start, span.stop, now)
             self._tell(span.internal_id, items, now)
 
@@ -214,7 +251,7 @@ class Hub:
         if sender.hello.role != "scheduler":
             return
         for opened in list(self._open.values()):
-            if opened.dp_rank == sender.hello.dp_rank and not opened.choice.finished:
+            if opened.engine == sender.hello.engine and not opened.choice.finished:
                 self._fail(opened, "The engine went away while it ran this request.", now)
 
     def _fail(self, opened: _Open, message: str, now: float) -> None:

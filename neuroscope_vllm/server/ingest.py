@@ -8,15 +8,21 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import os
+import socket
 import time
 from pathlib import Path
 
 import msgspec
 import zmq
+from zmq.auth.thread import ThreadAuthenticator
+from zmq.utils.monitor import recv_monitor_message
 
 from neuroscope_vllm.core import wire
+from neuroscope_vllm.core.errors import ConfigError
+from neuroscope_vllm.core.keys import REFUSED, Keys, read_endpoint
 from neuroscope_vllm.server.hub import Hub
 
 logger = logging.getLogger(__name__)
@@ -24,32 +30,38 @@ logger = logging.getLogger(__name__)
 SLICE_S = 0.005
 """Longest stretch of decoding before readers get their turn."""
 TICK_S = 0.25
+WARNING_PAUSE_S = 60.0
 
 
 class Ingest:
-    """Feeds a hub from an endpoint, until closed."""
+    """Feeds a hub from an endpoint, until closed.
+
+    `endpoint` is `ipc://path`, or `tcp://host:port#key-file`: then engines must show the file's
+    key, and those that do not are counted in `connections_refused`. ConfigError if that file can
+    not be used.
+    """
 
     def __init__(self, hub: Hub, endpoint: str) -> None:
         self._hub = hub
-        self._endpoint = endpoint
+        self._address, self._keys = read_endpoint(endpoint)
         self._context = zmq.Context()
+        self._authenticator = ThreadAuthenticator(self._context)
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.RCVHWM, 4096)
         self._socket.setsockopt(zmq.LINGER, 0)
+        self._monitor: zmq.Socket[bytes] | None = None
+        self._warn_at = 0.0
         self._tick: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        """Bind and begin. Raises zmq.ZMQError when the endpoint can not be bound."""
-        path = self._path
-        if path is None:
-            self._socket.bind(self._endpoint)
-        else:
-            path.unlink(missing_ok=True)
-            mask = os.umask(0o177)
-            try:
-                self._socket.bind(self._endpoint)
-            finally:
-                os.umask(mask)
+        """Bind and begin. Raises ConfigError when the endpoint can not be bound."""
+        if self._keys is not None:
+            self._admit(self._keys)
+        try:
+            self._bind()
+        except (zmq.ZMQError, OSError) as error:
+            self.close()
+            raise _not_bound(self._address, error) from None
         loop = asyncio.get_running_loop()
         loop.add_reader(self._socket.fileno(), self._drain)
         loop.call_soon(self._drain)
@@ -59,15 +71,55 @@ class Ingest:
         if self._tick is not None:
             asyncio.get_running_loop().remove_reader(self._socket.fileno())
             self._tick.cancel()
+            if self._path is not None:
+                self._path.unlink(missing_ok=True)
+        self._authenticator.stop()
+        if self._monitor is not None:
+            self._socket.disable_monitor()
+            self._monitor.close()
         self._socket.close()
         self._context.term()
-        if self._path is not None:
-            self._path.unlink(missing_ok=True)
 
     @property
     def _path(self) -> Path | None:
-        scheme, _, rest = self._endpoint.partition("://")
+        scheme, _, rest = self._address.partition("://")
         return Path(rest) if scheme == "ipc" else None
+
+    def _bind(self) -> None:
+        path = self._path
+        if path is None:
+            self._socket.bind(self._address)
+            return
+        if _answers(path):
+            raise OSError(errno.EADDRINUSE, "")
+        path.unlink(missing_ok=True)
+        mask = os.umask(0o177)
+        try:
+            self._socket.bind(self._address)
+        finally:
+            os.umask(mask)
+
+    def _admit(self, keys: Keys) -> None:
+        """Let engines in that show the key, and notice who does not."""
+        self._authenticator.configure_curve_callback(credentials_provider=keys)
+        self._authenticator.start()
+        keys.arm_hub(self._socket)
+        self._socket.setsockopt(zmq.IPV6, 1)
+        self._monitor = self._socket.get_monitor_socket(REFUSED)
+
+    def _note_refusals(self) -> None:
+        counters = self._hub.counters
+        before = counters["connections_refused"]
+        while self._monitor is not None and self._monitor.poll(0):
+            recv_monitor_message(self._monitor)
+            counters["connections_refused"] += 1
+        if counters["connections_refused"] > before and time.monotonic() >= self._warn_at:
+            self._warn_at = time.monotonic() + WARNING_PAUSE_S
+            logger.warning(
+                "neuroscope: refused who connects without our key (%d times so far); engines need a"
+                " copy of this hub's key file as hub_keys.",
+                counters["connections_refused"],
+            )
 
     def _drain(self) -> None:
         """Handle what has come. ZMQ's descriptor is edge-triggered: stop only when it is empty,
@@ -102,3 +154,27 @@ class Ingest:
             while True:
                 await asyncio.sleep(TICK_S)
                 self._hub.tick()
+                self._note_refusals()
+
+
+def _answers(path: Path) -> bool:
+    """Whether another hub listens on this socket file, rather than having left it behind."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(str(path))
+        except OSError:
+            return False
+    return True
+
+
+def _not_bound(address: str, error: OSError | zmq.ZMQError) -> ConfigError:
+    if error.errno == errno.EADDRINUSE:
+        return ConfigError(
+            f"hub address {address} is taken by another process; stop it, or choose another."
+        )
+    if error.errno in (errno.EADDRNOTAVAIL, errno.ENODEV):
+        return ConfigError(
+            f"hub address {address} is none of this machine's; give the IP address of one of its"
+            " network interfaces, or tcp://0.0.0.0:port for all of them."
+        )
+    return ConfigError(f"hub address {address} can not be bound: {error.strerror}.")

@@ -14,6 +14,7 @@ from array import array
 from collections import Counter, OrderedDict, deque
 from typing import NamedTuple
 
+from neuroscope_vllm.server.prefix import PrefixCache, PrefixWalk
 from neuroscope_vllm.server.rows import Rows
 
 FINISH_WAIT_S = 2.0
@@ -26,7 +27,10 @@ ENDED_IDS = 4_096
 
 
 class Placed(NamedTuple):
-    """A token in its place. `rows` is None where there are no features."""
+    """A token in its place. `rows` is None where there are no features.
+
+    A `cached` one did not run: its rows are those of an earlier request with the same prefix.
+    """
 
     position: int
     token_id: int
@@ -63,18 +67,20 @@ class _Span:
 class Choice:
     """The context of one choice as known so far, and how much of it has come out."""
 
-    def __init__(self, prompt_ids: list[int], counters: Counter[str]) -> None:
+    def __init__(self, prompt_ids: list[int], walk: PrefixWalk, counters: Counter[str]) -> None:
         self.ids = array("i", prompt_ids)
         self.prompt_tokens = len(prompt_ids)
-        self.cached_tokens = 0
+        self.cached_tokens: int | None = None
+        """None until the scheduler has said how many come from the prefix cache; rows wait."""
         self.dropped = 0
         self.next = 0
         self.ended = False
         self.deadline: float | None = None
-        self._started = False  # a row was accepted
         self._finish_reason: str | None = None
+        self._computed_tokens: int | None = None
         self._held: deque[_Span] = deque()
         self._held_rows = 0
+        self._walk = walk
         self._counters = counters
 
     @property
@@ -91,10 +97,26 @@ class Choice:
         self._maybe_end(out)
         return out
 
-    def extend(self, token_ids: list[int], finish_reason: str | None, now: float) -> list[Item]:
+    def scheduled(self, cached_tokens: int) -> list[Item]:
+        """It runs, and the first `cached_tokens` positions do not."""
+        out: list[Item] = []
+        if self.cached_tokens is None:
+            self.cached_tokens = cached_tokens
+            self._retry(out)
+            self._maybe_end(out)
+        return out
+
+    def extend(
+        self,
+        token_ids: list[int],
+        finish_reason: str | None,
+        now: float,
+        computed_tokens: int | None = None,
+    ) -> list[Item]:
         """More tokens stand, perhaps the last ones.
 
-        A finished choice ends at once, or when the rows on their way have arrived.
+        A finished choice ends at once, or when the rows on their way have arrived. Positions from
+        `computed_tokens` on never ran.
         """
         if self.finished:
             self._counters["tokens_after_end"] += len(token_ids)
@@ -102,6 +124,7 @@ class Choice:
         self.ids.extend(token_ids)
         if finish_reason is not None:
             self._finish_reason = finish_reason
+            self._computed_tokens = computed_tokens
             self.deadline = now + FINISH_WAIT_S
         out: list[Item] = []
         self._retry(out)
@@ -111,17 +134,24 @@ class Choice:
     def expire(self) -> list[Item]:
         """The deadline passed: what is missing will not come."""
         out: list[Item] = []
-        self._skip_to(self._featured(), out, lost=True)
+        self._skip_to(self._featured(), out)
         self._maybe_end(out)
         return out
 
     def _featured(self) -> int:
         """Positions below this one can have features; the last generated token never does."""
+        known = len(self.ids)
+        if not self.finished:
+            return known
+        if self._computed_tokens is not None:
+            known = min(known, max(self._computed_tokens, self.next))
         generated = len(self.ids) > self.prompt_tokens
-        return len(self.ids) - (1 if self.finished and generated else 0)
+        return min(known, len(self.ids) - 1) if generated else known
 
     def _place(self, span: _Span, out: list[Item]) -> None:
         """Move `span` forward as far as the truth is known."""
+        if self.cached_tokens is None:
+            return
         ids, rows = self.ids, span.rows
         positions, token_ids = rows.positions, rows.token_ids
         known, featured = len(ids), self._featured()
@@ -145,26 +175,28 @@ class Choice:
                 if position > self.next:
                     self._skip_to(position, out)
                 out.append(Placed(position, ids[position], rows, row))
+                self._walk.add(ids[position], rows, row)
                 self.next = position + 1
-                self._started = True
             row += 1
         span.next = row
 
-    def _skip_to(self, position: int, out: list[Item], lost: bool = False) -> None:
-        """Put out the positions before `position`, which have no features.
+    def _skip_to(self, position: int, out: list[Item]) -> None:
+        """Put out the positions before `position` of which no rows came: they were cached, or
+        their rows are lost.
 
-        Prompt positions before the first row of all came from the prefix cache, unless `lost`.
+        The cached ones wait for this until now, when all that ran before them has been heard.
         """
-        start = self.next
-        if position <= start:
+        cached = min(max(self.cached_tokens or 0, self.next), position)
+        for token_id, rows, row in self._walk.read(self.ids[self.next : cached]):
+            out.append(Placed(self.next, token_id, rows, row, cached=True))
+            self.next += 1
+        if self.next == position:
             return
-        cached = not lost and not self._started and position < self.prompt_tokens
-        if cached:
-            self.cached_tokens = position
-        else:
-            self.dropped += position - start
-            out.append(Gap(start, position))
-        out.extend(Placed(at, self.ids[at], cached=cached) for at in range(start, position))
+        self.dropped += position - self.next
+        out.append(Gap(self.next, position))
+        for at in range(self.next, position):
+            out.append(Placed(at, self.ids[at]))
+            self._walk.add(self.ids[at], None, 0)
         self.next = position
 
     def _hold(self, span: _Span) -> None:
@@ -204,8 +236,9 @@ class Orphan(NamedTuple):
 class Join:
     """All choices by internal id, and the rows that came before their request."""
 
-    def __init__(self) -> None:
+    def __init__(self, prefixes: PrefixCache) -> None:
         self.counters: Counter[str] = Counter()
+        self._prefixes = prefixes
         self._choices: dict[str, Choice] = {}
         self._orphans: deque[Orphan] = deque()
         self._orphan_rows = 0
@@ -214,9 +247,14 @@ class Join:
     def get(self, internal_id: str) -> Choice | None:
         return self._choices.get(internal_id)
 
-    def start(self, internal_id: str, prompt_ids: list[int]) -> list[Item]:
-        """A choice begins; rows that came first are placed now."""
-        choice = self._choices[internal_id] = Choice(prompt_ids, self.counters)
+    def ended(self, internal_id: str) -> bool:
+        """Whether a choice of this id came to its end, not too long ago."""
+        return internal_id in self._ended
+
+    def start(self, internal_id: str, prompt_ids: list[int], prefix_root: bytes) -> list[Item]:
+        """A choice begins; rows that came first are placed as soon as it is scheduled."""
+        walk = PrefixWalk(self._prefixes, prefix_root)
+        choice = self._choices[internal_id] = Choice(prompt_ids, walk, self.counters)
         self._ended.pop(internal_id, None)
         out: list[Item] = []
         waiting, self._orphans, self._orphan_rows = self._orphans, deque(), 0
@@ -238,12 +276,23 @@ class Join:
             self._adopt_later(Orphan(now, internal_id, rows, start, stop))
         return []
 
+    def scheduled(self, internal_id: str, cached_tokens: int) -> list[Item]:
+        """This choice runs for the first time."""
+        choice = self._choices[internal_id]
+        return self._swept(internal_id, choice, choice.scheduled(cached_tokens))
+
     def extend(
-        self, internal_id: str, token_ids: list[int], finish_reason: str | None, now: float
+        self,
+        internal_id: str,
+        token_ids: list[int],
+        finish_reason: str | None,
+        now: float,
+        computed_tokens: int | None = None,
     ) -> list[Item]:
         """More tokens of this choice stand, perhaps the last ones."""
         choice = self._choices[internal_id]
-        return self._swept(internal_id, choice, choice.extend(token_ids, finish_reason, now))
+        out = choice.extend(token_ids, finish_reason, now, computed_tokens)
+        return self._swept(internal_id, choice, out)
 
     def tick(self, now: float) -> list[tuple[str, list[Item]]]:
         """What became due: choices past their deadline. Also drops rows nobody claimed."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -13,6 +14,8 @@ from neuroscope_vllm.core import events, wire
 from neuroscope_vllm.server.detokenize import OutputText, Released, TextStream
 from neuroscope_vllm.server.join import Choice, Done, Gap, Item, Placed
 from neuroscope_vllm.server.rows import LayerRows
+
+logger = logging.getLogger(__name__)
 
 Named = tuple[str, int | None, msgspec.Struct]
 """Event name, layer, event."""
@@ -42,9 +45,15 @@ class Narrator:
         self.prompt_tokens = len(prompt_ids)
         self._prompt_text = TextStream(self.tokenizer, [], skip_special_tokens=False)
         self._output = OutputText(
-            TextStream(self.tokenizer, prompt_ids, self.started.skip_special_tokens),
-            stop=self.started.stop,
+            TextStream(
+                self.tokenizer,
+                prompt_ids,
+                self.started.skip_special_tokens,
+                self.started.spaces_between_special_tokens,
+            ),
+            stop=self.started.stop if self.tokenizer is not None else [],
             include_stop_str_in_output=self.started.include_stop_str_in_output,
+            min_tokens=self.started.min_tokens,
         )
 
     @property
@@ -71,6 +80,7 @@ class Narrator:
             layers=self.layers,
             dp_rank=started.dp_rank,
             lora=started.lora,
+            beam=started.beam,
         )
         return "request", None, event
 
@@ -89,27 +99,37 @@ class Narrator:
         prompt = position < self.prompt_tokens
         if prompt:
             name, phase, token_index = "prompt", "prompt", None
-            text = self._prompt_text.step(placed.token_id)
+            text = self._prompt(placed.token_id)
         else:
             name, phase, token_index = "token", None, position - self.prompt_tokens
             text = self._texts.popleft()
         started = self.started
         make = events.TokenEvent
-        if placed.rows is None:
-            for layer in self.layers or (None,):
-                yield name, layer, make(
-                    started.request_id, started.choice, token_index, position, text,
-                    placed.token_id, layer, [], None, None, phase, placed.cached, False,
-                    started.internal_id,
-                )  # fmt: skip
-            return
         row = placed.row
-        for rows in placed.rows.layers:
+        known = placed.rows.layers if placed.rows is not None else []
+        for rows in known:
             yield name, rows.layer, make(
                 started.request_id, started.choice, token_index, position, text,
                 placed.token_id, rows.layer, self._features(rows, row), rows.l0[row], "self", phase,
-                False, bool(rows.sink[row]), started.internal_id,
+                placed.cached, bool(rows.sink[row]), started.internal_id,
             )  # fmt: skip
+        if known and len(known) >= len(self.layers):
+            return
+        missing = set(self.layers).difference(rows.layer for rows in known)
+        for layer in sorted(missing) or (None,):
+            yield name, layer, make(
+                started.request_id, started.choice, token_index, position, text,
+                placed.token_id, layer, [], None, None, phase, placed.cached, False,
+                started.internal_id,
+            )  # fmt: skip
+
+    def _prompt(self, token_id: int) -> str:
+        try:
+            return self._prompt_text.step(token_id)
+        except Exception:
+            # vLLM never decodes a prompt, so its text may be what breaks the tokenizer first.
+            logger.exception("neuroscope: token %d of a prompt has no text", token_id)
+            return ""
 
     def _features(self, rows: LayerRows, row: int) -> list[events.Feature]:
         label_of, layer = self.label_of, rows.layer
@@ -139,7 +159,7 @@ class Narrator:
             finish_reason=done.finish_reason,
             prompt_tokens=self.prompt_tokens,
             completion_tokens=self.completion_tokens,
-            cached_tokens=choice.cached_tokens,
+            cached_tokens=choice.cached_tokens or 0,
             dropped=choice.dropped,
             internal_id=self.started.internal_id,
         )

@@ -41,11 +41,14 @@ def unpack(message: wire.StepFeatures) -> Rows:
     for span in message.spans:
         if not 0 <= span.start <= span.stop <= rows:
             raise ValueError(f"span [{span.start}, {span.stop}) does not lie in {rows} rows")
-    layers = [_layer(layer, rows) for layer in sorted(message.layers, key=lambda one: one.layer)]
+    layers = [
+        unpack_layer(layer, rows) for layer in sorted(message.layers, key=lambda one: one.layer)
+    ]
     return Rows(positions.tolist(), token_ids.tolist(), layers)
 
 
-def _layer(message: wire.LayerFeatures, rows: int) -> LayerRows:
+def unpack_layer(message: wire.LayerFeatures, rows: int) -> LayerRows:
+    """One layer of `rows` rows. Raises ValueError when an array has another size."""
     shape = (rows, message.top_k)
     return LayerRows(
         message.layer,

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
+
 from neuroscope_vllm.core import wire
 
 LOST_AFTER_S = 5.0
 """Senders say hello once a second."""
+FORGOTTEN_AFTER_S = 60.0
 
 
 class Sender:
@@ -28,19 +31,26 @@ class Senders:
         self._senders: dict[str, Sender] = {}
 
     def hello(self, hello: wire.Hello, now: float) -> list[Sender]:
-        """Refresh a sender; returns the lost ones that it takes the place of."""
+        """Refresh a sender; returns the lost ones that it takes the place of, as a server that
+        was started again does."""
         replaced: list[Sender] = []
         if hello.sender not in self._senders:
             replaced = [
                 other
                 for other in self._senders.values()
-                if other.lost(now)
-                and (other.hello.role, other.hello.dp_rank) == (hello.role, hello.dp_rank)
+                if other.lost(now) and _place(other.hello) == _place(hello)
             ]
             for other in replaced:
                 del self._senders[other.hello.sender]
         self._senders[hello.sender] = Sender(hello, now)
         return replaced
+
+    def forget(self, now: float) -> list[Sender]:
+        """Returns those that have been lost for so long that they will not come back."""
+        gone = [s for s in self._senders.values() if now - s.heard_at > FORGOTTEN_AFTER_S]
+        for sender in gone:
+            del self._senders[sender.hello.sender]
+        return gone
 
     def goodbye(self, name: str) -> Sender | None:
         return self._senders.pop(name, None)
@@ -55,10 +65,9 @@ class Senders:
         return any(sender.hello.role == "worker" for sender in self._senders.values())
 
     def armed(self, now: float) -> bool:
-        return any(
-            sender.hello.role == "worker" and sender.hello.armed and not sender.lost(now)
-            for sender in self._senders.values()
-        )
+        """Whether every worker is."""
+        workers = [s for s in self._senders.values() if s.hello.role == "worker"]
+        return bool(workers) and all(s.hello.armed and not s.lost(now) for s in workers)
 
     def problems(self, now: float) -> list[str]:
         """One sentence for everything that is not as it should be."""
@@ -75,7 +84,7 @@ class Senders:
                     f" {wire.WIRE_VERSION}; install the same neuroscope-vllm for both."
                 )
             elif hello.role == "worker" and not hello.armed:
-                found.append(f"{name} is not armed: {'; '.join(hello.warnings) or 'still loading'}")
+                found.append(f"{name} is not armed: {_why_not(hello)}")
         return found
 
     def describe(self, now: float) -> list[dict[str, Any]]:
@@ -92,6 +101,19 @@ class Senders:
                 "cudagraph_mode": sender.hello.cudagraph_mode,
                 "warnings": sender.hello.warnings,
                 "counters": sender.hello.counters,
+                "self_test": msgspec.to_builtins(sender.hello.self_test),
             }
             for name, sender in self._senders.items()
         ]
+
+
+def _place(hello: wire.Hello) -> tuple[str, str, int]:
+    return hello.model, hello.role, hello.dp_rank
+
+
+def _why_not(hello: wire.Hello) -> str:
+    if failures := [test.failure for test in hello.self_test if test.failure]:
+        return " ".join(failures)
+    if hello.self_test:
+        return "its last step could not be encoded; vLLM's log has the reason."
+    return "it is still loading, or in its self-test."

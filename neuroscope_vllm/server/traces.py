@@ -14,8 +14,7 @@ import msgspec
 
 EVENT_OVERHEAD_BYTES = 400
 """Python objects around one kept event, measured generously."""
-_ANSWER_PREFIX = re.compile(r"^(chatcmpl-|cmpl-|resp_)")
-_COMPLETION_PROMPT = re.compile(r"^(cmpl-.+)-\d+$")
+_ANSWER_PREFIX = re.compile(r"^(chatcmpl-|cmpl-|resp_|generate-tokens-|generative-scoring-)")
 
 
 class Event(msgspec.Struct, gc=False, eq=False):
@@ -111,16 +110,10 @@ class Trace(Log):
 
 
 def aliases(request_id: str, internal_id: str) -> list[str]:
-    """Every id a reader may know a choice by.
-
-    vLLM answers `chatcmpl-<X-Request-Id>`; each prompt of a /v1/completions call gets `-<i>`
-    after it, which the client never sees.
-    """
-    names = [request_id]
-    if match := _COMPLETION_PROMPT.match(request_id):
-        names.append(match[1])
-    names += [_ANSWER_PREFIX.sub("", name) for name in names]
-    return list(dict.fromkeys([*names, internal_id]))
+    """Every id a reader may know a choice by: vLLM answers `chatcmpl-<X-Request-Id>`."""
+    return list(
+        dict.fromkeys([request_id, _ANSWER_PREFIX.sub("", request_id, count=1), internal_id])
+    )
 
 
 class TraceStore:

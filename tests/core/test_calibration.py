@@ -65,7 +65,7 @@ def test_positions_are_whole_at_edges_and_safe_for_anything() -> None:
     assert activation_position(strange).tolist() == [0, 0, 0, NUM_BINS, 0, 0, NUM_BINS]
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(
     st.lists(st.integers(0, 40), min_size=1, max_size=6),
     st.randoms(use_true_random=False),

@@ -31,7 +31,7 @@ http = httpx.Client(trust_env=False, limits=httpx.Limits(), timeout=20)
 """Shared: making a client takes 50 ms."""
 
 
-def wait_until(condition: Callable[[], Any], timeout: float = 10.0) -> Any:
+def wait_until(condition: Callable[[], Any], timeout: float = 30.0) -> Any:
     deadline = time.monotonic() + timeout
     while not (result := condition()):
         assert time.monotonic() < deadline, "the condition did not come true"

@@ -9,9 +9,9 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models
 
-from neuroscope_vllm.server.detokenize import OVERRUN_TOKENS, OutputText, TextStream
+from neuroscope_vllm.server.detokenize import OutputText, TextStream
 from tests.server.side import make_tokenizer
 
 EOS = 256
@@ -23,10 +23,15 @@ def ids_of(text: str) -> list[int]:
 
 
 def output(
-    stop: list[str] | None = None, include: bool = False, skip_special: bool = True
+    stop: list[str] | None = None,
+    include: bool = False,
+    skip_special: bool = True,
+    min_tokens: int = 0,
 ) -> OutputText:
     stream = TextStream(TOKENIZER, ids_of("prompt"), skip_special)
-    return OutputText(stream, stop=stop or [], include_stop_str_in_output=include)
+    return OutputText(
+        stream, stop=stop or [], include_stop_str_in_output=include, min_tokens=min_tokens
+    )
 
 
 def test_a_split_character_comes_with_its_last_token():
@@ -96,12 +101,25 @@ def test_the_stop_string_that_completes_first_wins():
     assert "".join(first.texts + told.push([], "abort", None).texts) == "ab"
 
 
-def test_a_stop_string_that_did_not_stop_anything_is_text():
-    """With `min_tokens`, vLLM ignores early stop strings."""
-    told, text = output(stop=["END"]), "END" + "x" * (OVERRUN_TOKENS + 1)
-    texts = [t for token_id in ids_of(text) for t in told.push([token_id], None, None).texts]
+@pytest.mark.parametrize(("min_tokens", "text"), [(0, ""), (2, ""), (3, "ENDxy")])
+def test_stop_strings_count_after_min_tokens(min_tokens: int, text: str):
+    told = output(stop=["END"], min_tokens=min_tokens)
+    texts = [t for id_ in ids_of("ENDxyEND") for t in told.push([id_], None, None).texts]
     texts += told.push([], "length", None).texts
     assert "".join(texts) == text
+
+
+def test_special_tokens_in_a_row_come_bare_without_spaces_between():
+    tokenizer = Tokenizer(models.WordLevel({"a": 0, "<s>": 1}, unk_token="a"))
+    tokenizer.add_special_tokens(["<s>"])
+    texts = [
+        [TextStream.step(stream, token_id) for token_id in (0, 1, 1, 0)]
+        for stream in (
+            TextStream(tokenizer, [], False),
+            TextStream(tokenizer, [], False, spaces_between_special_tokens=False),
+        )
+    ]
+    assert texts == [["a", " <s>", " <s>", " a"], ["a", " <s>", "<s>", " a"]]
 
 
 def test_without_a_tokenizer_tokens_are_shown_by_id():

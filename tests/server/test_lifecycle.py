@@ -73,11 +73,11 @@ def test_malformed_messages_are_counted_and_harm_nobody(side: Side, engine: Fake
     bad = [
         b"",
         b"\xff\x00",
-        wire.encode(wire.TokensSampled(0, []))[:-1],
-        wire.encode(wire.StepFeatures(0, [span], ids, b"", [good])),
-        wire.encode(wire.StepFeatures(0, [span], ids, ids, [short])),
-        wire.encode(wire.StepFeatures(0, [wire.Span("a", 0, 2)], ids, ids, [good])),
-        wire.encode(wire.StepFeatures(0, [span], b"\1\2\3", ids, [good])),
+        wire.encode(wire.TokensSampled([]))[:-1],
+        wire.encode(wire.StepFeatures("e", [span], ids, b"", [good], 0, 1)),
+        wire.encode(wire.StepFeatures("e", [span], ids, ids, [short], 0, 1)),
+        wire.encode(wire.StepFeatures("e", [wire.Span("a", 0, 2)], ids, ids, [good], 0, 1)),
+        wire.encode(wire.StepFeatures("e", [span], b"\1\2\3", ids, [good], 0, 1)),
     ]
     for data in bad:
         socket.send(data)

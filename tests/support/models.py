@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,13 @@ from transformers import (
     LlamaConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
+)
+
+from neuroscope_vllm.core.calibration import (
+    NORM_BINS_PER_OCTAVE,
+    NORM_LOG2_MIN,
+    SINK_MULTIPLE,
+    Calibration,
 )
 
 CHAT_TEMPLATE = (
@@ -133,3 +141,13 @@ def write_gemma_scope_sae(folder: Path, *, d_model: int, width: int, seed: int =
         threshold=generator.random(width, np.float32) + 1.0,
     )
     return folder
+
+
+def write_calibration(path: Path, *, width: int, sink_norm: float) -> Path:
+    """A calibration that knows of no feature, and calls residuals above `sink_norm` sinks."""
+    calibration = Calibration.empty(width)
+    calibration.tokens = 1000
+    octaves = math.log2(sink_norm / SINK_MULTIPLE) - NORM_LOG2_MIN
+    calibration.norm_histogram[round(octaves * NORM_BINS_PER_OCTAVE)] = 1000
+    calibration.save(path)
+    return path

@@ -2,19 +2,41 @@
 
 import pytest
 
-from neuroscope_vllm.engine.vllm.scheduler import choice_of
+from neuroscope_vllm.engine.vllm.ids import Identity, identify
 
 
 @pytest.mark.parametrize(
-    ("internal", "external", "choice"),
+    ("internal", "external", "n", "expected"),
     [
-        ("chatcmpl-a-0123abcd", "chatcmpl-a", 0),
-        ("3_chatcmpl-a-0123abcd", "chatcmpl-a", 3),
-        ("12_x-0123abcd", "x", 12),
-        # A client may choose an id that looks like a choice of another.
-        ("3_mine-0123abcd", "3_mine", 0),
-        ("1_3_mine-0123abcd", "3_mine", 1),
+        ("chatcmpl-a-0123abcd", "chatcmpl-a", 1, Identity("chatcmpl-a", 0, False)),
+        ("3_chatcmpl-a-0123abcd", "chatcmpl-a", 4, Identity("chatcmpl-a", 3, False)),
+        ("12_x-0123abcd", "x", 20, Identity("x", 12, False)),
+        # Without vLLM's record of what the client sent, the random suffix goes.
+        ("x-0123abcd", None, 1, Identity("x", 0, False)),
+        # A client may choose an id that looks like a choice of another, or like a prompt's.
+        ("3_mine-0123abcd", "3_mine", 1, Identity("3_mine", 0, False)),
+        ("1_3_mine-0123abcd", "3_mine", 2, Identity("3_mine", 1, False)),
+        ("chatcmpl-a-1-0123abcd", "chatcmpl-a-1", 1, Identity("chatcmpl-a-1", 0, False)),
+        # Prompts of /v1/completions: their choices are numbered through.
+        ("cmpl-a-0-0123abcd", "cmpl-a-0", 1, Identity("cmpl-a", 0, False)),
+        ("cmpl-a-2-0123abcd", "cmpl-a-2", 1, Identity("cmpl-a", 2, False)),
+        ("1_cmpl-a-2-0123abcd", "cmpl-a-2", 3, Identity("cmpl-a", 7, False)),
+        ("cmpl-a-7-0-0123abcd", "cmpl-a-7-0", 1, Identity("cmpl-a-7", 0, False)),
+        # Beams.
+        (
+            "chatcmpl-a-0123456789abcdef-beam-2-0123abcd",
+            "chatcmpl-a-0123456789abcdef-beam-2",
+            1,
+            Identity("chatcmpl-a", 2, True),
+        ),
+        (
+            "chatcmpl-a-beam-2-0123abcd",
+            "chatcmpl-a-beam-2",
+            1,
+            Identity("chatcmpl-a-beam-2", 0, False),
+        ),
     ],
 )
-def test_choice(internal: str, external: str, choice: int) -> None:
-    assert choice_of(internal, external) == choice
+def test_identity(internal: str, external: str | None, n: int, expected: Identity) -> None:
+    extra_args = {"neuroscope_n": n} if n > 1 else None
+    assert identify(internal, external, extra_args) == expected

@@ -30,8 +30,26 @@ EAGER = (*SMALL, "--enforce-eager")
 
 
 def side_processes(served: Served) -> list[psutil.Process]:
-    family = psutil.Process(served.process.pid).children(recursive=True)
-    return [p for p in family if "neuroscope_vllm.server" in p.cmdline()]
+    return [p for p, words in family(served) if "neuroscope_vllm.server" in words]
+
+
+def family(served: Served) -> list[tuple[psutil.Process, list[str]]]:
+    """All processes of the server, with their command lines."""
+    found = []
+    for process in psutil.Process(served.process.pid).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended
+            found.append((process, process.cmdline()))
+    return found
+
+
+def is_back(served: Served, killed: psutil.Process) -> bool:
+    return [p.pid for p in side_processes(served)] not in ([], [killed.pid])
+
+
+def worker_process(served: Served) -> psutil.Process:
+    """The process that runs the model."""
+    (worker,) = [p for p, words in family(served) if "Worker" in " ".join(words)]
+    return worker
 
 
 def chat(served: Served, request_id: str, url: str | None = None, max_tokens: int = 4) -> str:
@@ -91,29 +109,64 @@ def test_a_killed_side_process_comes_back_while_chat_goes_on(served: Served) -> 
     (side,) = side_processes(served)
     side.kill()
     assert isinstance(chat(served, "meanwhile"), str)
-    wait_until(lambda: [p.pid for p in side_processes(served)] not in ([], [side.pid]))
+    wait_until(lambda: is_back(served, side))
     served.wait_ready(f"{served.features}/health", timeout=20)
     chat(served, "after")
     (trace,) = served.trace("chatcmpl-after")
     assert [e["event"] for e in trace["events"]].count("token") == 4
 
 
+def test_what_ended_while_the_side_process_was_away_is_told_by_the_new_one(served: Served) -> None:
+    (side,) = side_processes(served)
+    side.suspend()
+    try:
+        text = chat(served, "ended", max_tokens=5)
+    finally:
+        side.kill()
+    (trace,) = served.trace("chatcmpl-ended")
+    events = trace["events"]
+    tokens = [e for e in events if e["event"] == "token"]
+    assert "".join(e["token"] for e in tokens) == text
+    assert [e["token_index"] for e in tokens] == list(range(5))
+    (gap,) = [e for e in events if e["event"] == "gap"]
+    assert (gap["from"], gap["to"]) == (0, tokens[-1]["position"])
+    assert (events[-1]["event"], events[-1]["finish_reason"]) == ("done", "length")
+
+
 def test_a_running_chat_goes_on_in_the_stream_of_the_new_side_process(served: Served) -> None:
     (side,) = side_processes(served)
+    trace_url = f"{served.features}/v1/requests/survivor"
+
+    def has_features() -> bool:
+        response = httpx.get(trace_url, timeout=20)
+        if response.status_code != 200:
+            return False
+        events = response.json()["choices"][0]["events"]
+        return sum(e["event"] == "token" and e["features_at"] == "self" for e in events) > 5
+
+    # Paused, so that it can not end before the new side process is there, on whatever machine.
+    worker = worker_process(served)
     with ThreadPoolExecutor(1) as pool:
-        running = pool.submit(chat, served, "survivor", None, 400)
-        wait_until(lambda: httpx.get(f"{served.features}/v1/requests/survivor").status_code == 200)
-        side.kill()
+        running = pool.submit(chat, served, "survivor", None, 900)
+        wait_until(has_features)
+        worker.suspend()
+        try:
+            side.kill()
+            wait_until(lambda: is_back(served, side))
+            wait_until(lambda: httpx.get(trace_url, timeout=20).status_code == 200)
+        finally:
+            worker.resume()
         text = running.result(120)
     (trace,) = served.trace("chatcmpl-survivor")
     tokens = [e for e in trace["events"] if e["event"] == "token"]
     assert "".join(e["token"] for e in tokens) == text
-    assert [e["token_index"] for e in tokens] == list(range(400))
+    assert [e["token_index"] for e in tokens] == list(range(900))
     (gap,) = [e for e in trace["events"] if e["event"] == "gap"]
     assert gap["reason"] == "dropped"
-    with_features = [e["position"] for e in tokens if e["features_at"] == "self"]
-    assert with_features[-1] == tokens[-2]["position"]
-    assert len(with_features) > 10
+    lost = range(gap["from"], gap["to"])
+    expected = [None if e["position"] in lost else "self" for e in tokens[:-1]]
+    assert [e["features_at"] for e in tokens[:-1]] == expected
+    assert expected[-1] == "self"
 
 
 def test_taken_port_stops_the_start_and_names_the_port(

@@ -18,7 +18,7 @@ def test_failures_are_counted_and_shown_and_pass(tiny_sae: Any) -> None:
     topk = TopKEncoder(sae, make_ranker("activation", width=sae.width), k=4)
     encoder = LayerEncoder(20, torch.randn(8, 64) * 10, topk, None, False)
     sent: list[Any] = []
-    pipeline = EncodePipeline([encoder], sent.append, dp_rank=0, max_pending_rows=64)
+    pipeline = EncodePipeline([encoder], sent.append, engine="e", num_layers=1, max_pending_rows=64)
     rows = torch.arange(3)
     good = StepView(["a"], [0, 3], positions=rows, token_ids=rows)
     bad = StepView(["a"], [0, 3], positions=rows[:1], token_ids=rows)  # does not fit its rows

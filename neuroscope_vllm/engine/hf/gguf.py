@@ -47,7 +47,7 @@ def convert_gguf(gguf: Path, out_dir: Path) -> None:
     out_dir.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}-", dir=out_dir.parent))
     try:
-        with _quiet_transformers():
+        with quiet_transformers():
             _write_hf_folder(gguf, work)
         _share(work)
         try:
@@ -84,7 +84,7 @@ def _write_hf_folder(gguf: Path, folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """No progress bars and no warnings from transformers inside the block."""
     from transformers.utils import logging
 

@@ -6,7 +6,6 @@ Everything that can be wrong is said here, in one sentence, before an engine pro
 from __future__ import annotations
 
 import atexit
-import itertools
 import logging
 import os
 import re
@@ -20,7 +19,7 @@ from neuroscope_vllm.core import launch
 from neuroscope_vllm.core.calibration import Calibration
 from neuroscope_vllm.core.config import RUNTIME_VARIABLE, Settings, asked_for, resolve
 from neuroscope_vllm.core.errors import ConfigError, NeuroscopeError
-from neuroscope_vllm.core.labels import load_labels
+from neuroscope_vllm.core.keys import check_reachable, hub_endpoint
 from neuroscope_vllm.core.sae import check_fits, load_sae, read_sae_info
 from neuroscope_vllm.core.sae.info import SAEInfo
 from neuroscope_vllm.engine.vllm import plugin
@@ -44,6 +43,8 @@ def create_engine_config(original: Any, engine_args: Any, *args: Any, **kwargs: 
         settings = resolve(flags)
         if not settings.configured:
             return original(engine_args, *args, **kwargs)
+        hub = hub_endpoint(settings)
+        check_reachable(settings)
         listener = None
         if serving and settings.hub is None and RUNTIME_VARIABLE not in os.environ:
             # Before vLLM's own work: a taken port should not cost a model download.
@@ -52,7 +53,7 @@ def create_engine_config(original: Any, engine_args: Any, *args: Any, **kwargs: 
         vllm_config = original(engine_args, *args, **kwargs)
         check_served(vllm_config)
         sites = _sites(settings, vllm_config)
-        endpoint = _endpoint(settings, vllm_config, listener, sites)
+        endpoint = _endpoint(hub, settings, vllm_config, listener, sites)
     except NeuroscopeError as error:
         if serving:
             sys.exit(f"neuroscope: {error}")
@@ -125,47 +126,34 @@ def _check_ranking(settings: Settings, info: SAEInfo, calibration: str | None) -
         )
 
 
-def _folder(source: str) -> Path:
-    path = Path(source).expanduser()
-    return path.parent if path.is_file() else path
-
-
 def _beside(source: str) -> str | None:
     """The calibration that ships in an SAE's own folder."""
-    path = _folder(source) / "calibration.safetensors"
+    path = launch.sae_folder(source) / "calibration.safetensors"
     return str(path) if path.is_file() else None
 
 
-def _labels(settings: Settings, sites: list[SiteSettings]) -> dict[int, list[str]]:
-    """Label files by layer: those given are for the first SAE, else what ships beside each."""
-    found = {
-        site.layer: [str(path) for path in sorted(_folder(site.source).glob("labels/*.jsonl"))]
-        for site in sites
-    }
-    if settings.labels:
-        first = next(site for site in sites if site.info.source == settings.sae[0])
-        found[first.layer] = settings.labels
-    for path in itertools.chain.from_iterable(found.values()):
-        load_labels(path)  # says now, in one sentence, what is wrong with it
-    return found
-
-
 def _endpoint(
+    hub: str | None,
     settings: Settings,
     vllm_config: VllmConfig,
     listener: Any,
     sites: list[SiteSettings],
 ) -> str:
     """Where workers connect; starts the side process if this process is to have one."""
-    if settings.hub is not None:
-        os.environ.setdefault(RUNTIME_VARIABLE, settings.hub)
-        return settings.hub
+    if _spans_hosts(vllm_config) and not (hub or "").startswith("tcp://"):
+        raise ConfigError(
+            "this engine spans several hosts, which share no unix socket; run `neuroscope hub` on"
+            " one of them, and give its tcp:// address as hub, with hub_keys, on all."
+        )
+    if hub is not None:
+        os.environ.setdefault(RUNTIME_VARIABLE, hub)
+        return hub
     if directory := os.environ.get(RUNTIME_VARIABLE):
         return launch.endpoint_of(Path(directory))
     if listener is None:
         raise ConfigError(
             "neuroscope has no hub to send features to: offline engines need `hub`, the endpoint"
-            " of a running side process."
+            " of a side process; `neuroscope hub` runs one."
         )
     directory = launch.runtime_directory()
     side = launch.launch(
@@ -175,7 +163,7 @@ def _endpoint(
         listener=listener,
         tokenizer_file=_tokenizer_file(vllm_config, directory),
         upstream=settings.upstream or _own_url(),
-        labels=_labels(settings, sites),
+        labels=launch.label_files(settings, _layers(settings, sites)),
     )
     atexit.register(side.stop)
     layers = ", ".join(str(site.layer) for site in sites)
@@ -185,6 +173,23 @@ def _endpoint(
         *listener.getsockname()[:2],
     )
     return launch.endpoint_of(directory)
+
+
+def _spans_hosts(vllm_config: VllmConfig) -> bool:
+    """Whether workers of this front process run elsewhere, as far as its flags tell.
+
+    Ray decides later; there a worker without a hub says so itself.
+    """
+    parallel = vllm_config.parallel_config
+    balanced = parallel.data_parallel_external_lb or parallel.data_parallel_hybrid_lb
+    remote_ranks = parallel.data_parallel_size_local < parallel.data_parallel_size
+    return parallel.nnodes > 1 or (remote_ranks and not balanced)
+
+
+def _layers(settings: Settings, sites: list[SiteSettings]) -> list[int]:
+    """Layers in the order of `settings.sae`."""
+    layers = {site.info.source: site.layer for site in sites}
+    return [layers[source] for source in settings.sae]
 
 
 def _tokenizer_file(vllm_config: VllmConfig, directory: Path) -> Path | None:

@@ -78,6 +78,7 @@ class LayerEncoder:
 
 @dataclass(frozen=True, slots=True)
 class _Job:
+    number: int  # of the step, from 0
     step: StepView  # its tensors are copies if the encode runs beside the next step
     rows: list[Tensor]  # one per layer encoder; likewise
     ready: torch.cuda.Event | None
@@ -95,14 +96,17 @@ class EncodePipeline:
         self,
         encoders: list[LayerEncoder],
         send: Callable[[wire.StepFeatures], object],
-        dp_rank: int,
+        engine: str,
+        num_layers: int,
         max_pending_rows: int,
     ) -> None:
+        """`num_layers`: observed layers of the whole model, on other pipeline stages included."""
         self.counters: Counter[str] = Counter()
         self.failing = False  # the last step could not be encoded
         self._encoders = encoders
         self._send = send
-        self._dp_rank = dp_rank
+        self._engine = engine
+        self._num_layers = num_layers
         self._device = encoders[0].rows.device
         self._max_pending_rows = max_pending_rows
         self._pending_rows = 0
@@ -117,12 +121,13 @@ class EncodePipeline:
         """Take the step's rows, which the hook's buffers hold until the next step."""
         began = time.perf_counter()
         count = step.num_rows
+        number = self.counters["steps"]
         self.counters["steps"] += 1
         self.counters["rows_observed"] += count
         rows = [encoder.rows[:count] for encoder in self._encoders]
         if self._thread is None:
             with torch.inference_mode():
-                self._finish(_Job(step, rows, None))
+                self._finish(_Job(number, step, rows, None))
         elif self._admit(count):
             copied = dataclasses.replace(
                 step,
@@ -132,7 +137,7 @@ class EncodePipeline:
             rows = [layer_rows.clone() for layer_rows in rows]
             ready = torch.cuda.Event()
             ready.record()
-            self._jobs.put(_Job(copied, rows, ready))
+            self._jobs.put(_Job(number, copied, rows, ready))
         self.counters["submit_us"] += _microseconds_since(began)
 
     def _admit(self, count: int) -> bool:
@@ -187,11 +192,13 @@ class EncodePipeline:
         ]
         host = packed.numpy()
         return wire.StepFeatures(
-            dp_rank=self._dp_rank,
+            engine=self._engine,
             spans=spans,
             positions=host[:, offset].tobytes(),
             token_ids=host[:, offset + 1].tobytes(),
             layers=layers,
+            step=job.number,
+            num_layers=self._num_layers,
         )
 
 

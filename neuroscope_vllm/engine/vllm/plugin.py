@@ -1,9 +1,12 @@
 """The `vllm.general_plugins` entry point. vLLM runs `register` in every process it starts.
 
-It wraps three late-bound seams and does nothing else until neuroscope is configured:
+It wraps late-bound seams and does nothing else until neuroscope is configured:
 - `EngineArgs.create_engine_config` in the front process: resolve, check, start the side process;
 - `WorkerWrapperBase.init_device` in workers: arm the model runner before it loads the model;
-- `Scheduler.__init__` and `EngineCore.preprocess_add_request` in engine cores: tap the scheduler.
+- `SamplingParams._verify_args`, there too: check and apply what a request asks of us (msgspec
+  would call no wrapped `__post_init__`);
+- `Scheduler.__init__` and `EngineCore.preprocess_add_request` in engine cores: tap the scheduler;
+  `EngineCore.__init__`: the self-test, once the engine can run.
 Wrapping is idempotent. Importing this module imports nothing heavy.
 """
 
@@ -12,6 +15,7 @@ from __future__ import annotations
 import functools
 import os
 import sys
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -38,14 +42,36 @@ def register() -> None:
 def wrap_engine() -> None:
     """Wrap what forked engine processes will inherit, and what spawned ones need."""
     from vllm.config import VllmConfig
+    from vllm.sampling_params import SamplingParams
     from vllm.v1.core.sched.scheduler import Scheduler
-    from vllm.v1.engine.core import EngineCore
+    from vllm.v1.engine.core import EngineCore, EngineCoreProc
     from vllm.v1.worker.worker_base import WorkerWrapperBase
 
     wrap(VllmConfig, "compute_hash", _compute_hash)
+    wrap(SamplingParams, "_verify_args", _sampling_params)
     wrap(Scheduler, "__init__", _scheduler_init)
     wrap(EngineCore, "preprocess_add_request", _preprocess_add_request)
+    wrap(EngineCore, "__init__", _engine_core_init)
+    wrap(EngineCoreProc, "run_busy_loop", _run_busy_loop)
     wrap(WorkerWrapperBase, "init_device", _init_device)
+    if EngineCoreProc.run_engine_core is not run_engine_core:
+        _originals["run_engine_core"] = EngineCoreProc.run_engine_core
+        EngineCoreProc.run_engine_core = staticmethod(run_engine_core)
+
+
+_originals: dict[str, Callable[..., None]] = {}
+_engine_process = threading.Event()  # set in a process that is an engine core and nothing else
+
+
+def run_engine_core(*args: Any, **kwargs: Any) -> None:
+    """What vLLM starts as an engine-core process, in place of its own function.
+
+    A spawned process unpickles this by name. vLLM itself loads plugins inside
+    `EngineCore.__init__`, too late to wrap that.
+    """
+    wrap_engine()
+    _engine_process.set()
+    _originals["run_engine_core"](*args, **kwargs)
 
 
 def wrap(owner: type, name: str, wrapper: Callable[..., Any]) -> None:
@@ -76,7 +102,7 @@ def _init_device(original: Any, wrapper: Any, *args: Any, **kwargs: Any) -> Any:
         from neuroscope_vllm.engine.vllm import worker
 
         wrap_engine()
-        worker.arm(wrapper.worker.model_runner, wrapper.vllm_config)
+        worker.arm(wrapper.worker, wrapper.vllm_config)
     return result
 
 
@@ -92,6 +118,33 @@ def _preprocess_add_request(original: Any, engine_core: Any, request: Any) -> An
     if tap is not None:
         tap.started(request)
     return original(engine_core, request)
+
+
+def _sampling_params(original: Any, params: Any) -> None:
+    from neuroscope_vllm.engine.vllm.admission import admit
+
+    original(params)
+    admit(params)
+
+
+def _engine_core_init(original: Any, engine_core: Any, *args: Any, **kwargs: Any) -> None:
+    from neuroscope_vllm.engine.vllm import self_test
+
+    original(engine_core, *args, **kwargs)
+    try:
+        self_test.run(engine_core)
+    except self_test.SelfTestFailed as failure:
+        if not _engine_process.is_set():
+            raise
+        sys.exit(str(failure))  # one line in the log; vLLM would print two tracebacks
+
+
+def _run_busy_loop(original: Any, engine_core: Any) -> Any:
+    """Ray's engine actors begin elsewhere than `run_engine_core`: test them here, a little late."""
+    from neuroscope_vllm.engine.vllm import self_test
+
+    self_test.run(engine_core)
+    return original(engine_core)
 
 
 def _compute_hash(original: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> str:

@@ -7,36 +7,43 @@ stops, rejected drafts, preemption and asynchronous overrun; workers do not.
 from __future__ import annotations
 
 import atexit
+import hashlib
 import os
-import re
 import threading
+import time
+from collections import deque
 from collections.abc import Iterable
 from typing import Any
 
+import msgspec
 import numpy as np
 from vllm.config import VllmConfig
 
 from neuroscope_vllm.core import wire
 from neuroscope_vllm.core.sender import Sender
-from neuroscope_vllm.engine.vllm.settings import worker_settings
+from neuroscope_vllm.engine.vllm.ids import identify
+from neuroscope_vllm.engine.vllm.settings import engine_name, engine_rank, worker_settings
 
-_CHILD = re.compile(r"^(\d+)_")
-_SUFFIX = re.compile(r"-[0-9a-f]{8}$")
+ENDED_KEPT_S = 30.0
+ENDED_KEPT_TOKENS = 1_000_000
+"""How long and how much of requests that ended is kept for a hub that was away just then."""
 
 
 class SchedulerTap:
-    """Publishes RequestStarted and TokensSampled for one engine core."""
+    """Publishes RequestStarted, RequestScheduled and TokensSampled for one engine core."""
 
     def __init__(self, scheduler: Any, vllm_config: VllmConfig, endpoint: str, model: str) -> None:
-        self._dp_rank = vllm_config.parallel_config.data_parallel_rank
+        self._engine, self._dp_rank = engine_name(vllm_config), engine_rank(vllm_config)
         self._live: dict[str, wire.Live] = {}
+        self._ended: deque[tuple[float, wire.Live]] = deque()
+        self._ended_tokens = 0
         # Requests start on vLLM's input thread, tokens come on its loop, a resync on the sender's.
         self._lock = threading.Lock()
-        sender = f"scheduler-{self._dp_rank}-{os.getpid()}"
+        sender = f"scheduler-{self._engine}-{os.getpid()}"
         self._sender = Sender(
             endpoint,
             lambda counters: wire.Hello(
-                sender, "scheduler", self._dp_rank, model, counters=counters
+                sender, "scheduler", self._engine, self._dp_rank, model, counters=counters
             ),
             self._resync,
         )
@@ -47,28 +54,40 @@ class SchedulerTap:
     def started(self, request: Any) -> None:
         """`request`: vLLM's EngineCoreRequest, before the scheduler sees it."""
         params = request.sampling_params
-        if params is None or request.prompt_token_ids is None:
-            return  # pooling, or embeddings in place of tokens: nothing to align with
-        external = request.external_req_id or _SUFFIX.sub("", request.request_id)
+        if params is None or request.prompt_token_ids is None or request.resumable:
+            return  # pooling, embeddings in place of tokens, a prompt that grows: not observed
+        who = identify(request.request_id, request.external_req_id, params.extra_args)
         started = wire.RequestStarted(
             internal_id=request.request_id,
-            request_id=external,
-            choice=choice_of(request.request_id, external),
+            request_id=who.request_id,
+            choice=who.choice,
+            engine=self._engine,
             dp_rank=self._dp_rank,
             prompt_token_ids=np.asarray(request.prompt_token_ids, "<i4").tobytes(),
             created=request.arrival_time,
             stop=[params.stop] if isinstance(params.stop, str) else list(params.stop or []),
             skip_special_tokens=params.skip_special_tokens,
             include_stop_str_in_output=params.include_stop_str_in_output,
+            min_tokens=params.min_tokens,
+            spaces_between_special_tokens=params.spaces_between_special_tokens,
             lora=request.lora_request.lora_name if request.lora_request else None,
+            beam=who.beam,
+            prefix_root=_prefix_root(request),
         )
         with self._lock:
             self._live[started.internal_id] = wire.Live(started, [])
             self._sender.put(started)
 
     def _wrap(self, scheduler: Any) -> None:
+        schedule = scheduler.schedule
         update_from_output = scheduler.update_from_output
         finish_requests = scheduler.finish_requests
+
+        def schedule_and_report(*args: Any, **kwargs: Any) -> Any:
+            output = schedule(*args, **kwargs)
+            for new in output.scheduled_new_reqs:
+                self._scheduled(new.req_id, new.num_computed_tokens)
+            return output
 
         def update_and_report(*args: Any, **kwargs: Any) -> Any:
             outputs = update_from_output(*args, **kwargs)
@@ -81,19 +100,40 @@ class SchedulerTap:
             else:
                 ended = [request_ids] if isinstance(request_ids, str) else list(request_ids)
                 request_ids = ended
-            result = finish_requests(request_ids, finished_status, *args)
             reason = finished_status.name.removeprefix("FINISHED_").lower()
-            self._report(
-                [
-                    wire.Sampled(internal_id, [], finish_reason=_REASONS.get(reason, reason))
-                    for internal_id in ended
-                    if internal_id in self._live
-                ]
-            )
+            sampled = [
+                wire.Sampled(
+                    internal_id,
+                    [],
+                    finish_reason=_REASONS.get(reason, reason),
+                    computed_tokens=self._computed(scheduler, internal_id),
+                )
+                for internal_id in ended
+                if internal_id in self._live
+            ]
+            result = finish_requests(request_ids, finished_status, *args)
+            self._report(sampled)
             return result
 
+        scheduler.schedule = schedule_and_report
         scheduler.update_from_output = update_and_report
         scheduler.finish_requests = finish_and_report
+
+    def _scheduled(self, internal_id: str, cached_tokens: int) -> None:
+        """Its first forward pass comes. The V2 runner gets a resumed request as a new one: what
+        that one finds in the cache says nothing about what ran the first time."""
+        with self._lock:
+            live = self._live.get(internal_id)
+            if live is not None and live.cached_tokens is None:
+                live.cached_tokens = cached_tokens
+                self._sender.put(wire.RequestScheduled(internal_id, cached_tokens))
+
+    def _computed(self, scheduler: Any, internal_id: str) -> int:
+        """Positions that have run or are running; a preempted request has forgotten its own."""
+        live, request = self._live[internal_id], scheduler.requests.get(internal_id)
+        generated = len(live.token_ids)
+        ran = _prompt_tokens(live) + generated - 1 if generated else 0
+        return max(ran, request.num_computed_tokens if request is not None else 0)
 
     def _accepted(self, outputs: Iterable[Any]) -> None:
         live = self._live
@@ -115,18 +155,52 @@ class SchedulerTap:
             return
         with self._lock:
             for one in sampled:
-                token_ids = self._live[one.internal_id].token_ids
-                one.at = len(token_ids)
-                token_ids.extend(one.token_ids)
+                live = self._live[one.internal_id]
+                one.at = len(live.token_ids)
+                live.token_ids.extend(one.token_ids)
                 if one.finish_reason:
                     del self._live[one.internal_id]
-            self._sender.put(wire.TokensSampled(self._dp_rank, sampled))
+                    live.finish_reason, live.stop_reason = one.finish_reason, one.stop_reason
+                    live.computed_tokens = one.computed_tokens
+                    self._keep_ended(live)
+            self._sender.put(wire.TokensSampled(sampled))
+
+    def _keep_ended(self, live: wire.Live) -> None:
+        now = time.monotonic()
+        self._ended.append((now, live))
+        self._ended_tokens += _tokens(live)
+        while self._ended_tokens > ENDED_KEPT_TOKENS or now - self._ended[0][0] > ENDED_KEPT_S:
+            self._ended_tokens -= _tokens(self._ended.popleft()[1])
 
     def _resync(self) -> None:
-        """Everything that runs, in order with what was put before and after."""
+        """Everything that runs or lately ended, in order with what was put before and after."""
         with self._lock:
-            live = [wire.Live(one.started, list(one.token_ids)) for one in self._live.values()]
-            self._sender.put(wire.Resync(self._dp_rank, live))
+            ended = [one for _, one in self._ended]
+            live = [
+                msgspec.structs.replace(one, token_ids=list(one.token_ids))
+                for one in self._live.values()
+            ]
+            self._sender.put(wire.Resync(self._engine, [*ended, *live]))
+
+
+def _tokens(live: wire.Live) -> int:
+    return _prompt_tokens(live) + len(live.token_ids)
+
+
+def _prompt_tokens(live: wire.Live) -> int:
+    return len(live.started.prompt_token_ids) // 4
+
+
+def _prefix_root(request: Any) -> bytes:
+    """What decides, beside the tokens, whose prefix-cache blocks a request may share."""
+    lora = request.lora_request
+    parts = [
+        lora.lora_name if lora else "",
+        request.cache_salt or "",
+        # Placeholders of different images are the same tokens.
+        request.request_id if request.mm_features else "",
+    ]
+    return hashlib.blake2b("\0".join(parts).encode(), digest_size=16).digest()
 
 
 _REASONS = {"stopped": "stop", "length_capped": "length", "aborted": "abort"}
@@ -139,10 +213,3 @@ def attach(scheduler: Any, vllm_config: VllmConfig) -> None:
         scheduler.neuroscope_tap = SchedulerTap(
             scheduler, vllm_config, settings.endpoint, settings.model
         )
-
-
-def choice_of(internal_id: str, external_id: str) -> int:
-    """Under n > 1 vLLM puts `<i>_` in front of the id of choice i."""
-    child = _CHILD.match(internal_id)
-    is_child = child is not None and internal_id[child.end() :].startswith(external_id)
-    return int(child.group(1)) if child is not None and is_child else 0

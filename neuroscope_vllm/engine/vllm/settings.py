@@ -63,3 +63,14 @@ def worker_settings(vllm_config: VllmConfig) -> WorkerSettings | None:
     if not resolved or "sites" not in resolved:
         return None
     return msgspec.convert(resolved, WorkerSettings)
+
+
+def engine_name(vllm_config: VllmConfig) -> str:
+    """Tells this engine core apart from all that may send to the same hub."""
+    return f"{vllm_config.instance_id}-{engine_rank(vllm_config)}"
+
+
+def engine_rank(vllm_config: VllmConfig) -> int:
+    """Data-parallel rank of this engine. Ranks of dense models run as if each were alone, with
+    rank 0 of 1; only the index still tells them apart."""
+    return vllm_config.parallel_config.data_parallel_index

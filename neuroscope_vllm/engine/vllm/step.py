@@ -2,7 +2,8 @@
 
 The mapping is read where vLLM has just made it, never before `execute_model`: V1 sorts and
 condenses its batch in `_update_states`, V2 sorts in `gather_batch_req_state`. Dummy, profile and
-capture runs pass through neither seam, so their rows never leave.
+capture runs pass through neither seam. V2's kernel warm-up on a GPU does; `self_test` drops what
+comes before it.
 """
 
 from __future__ import annotations

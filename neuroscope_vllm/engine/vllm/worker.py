@@ -23,11 +23,19 @@ from neuroscope_vllm.core.ranking import make_ranker
 from neuroscope_vllm.core.sae import load_sae
 from neuroscope_vllm.core.sae.encoder import TopKEncoder
 from neuroscope_vllm.core.sender import Sender
+from neuroscope_vllm.engine.vllm import self_test
 from neuroscope_vllm.engine.vllm.hook import ActivationHook, max_rows
 from neuroscope_vllm.engine.vllm.models import OBSERVED
 from neuroscope_vllm.engine.vllm.pipeline import EncodePipeline, LayerEncoder
 from neuroscope_vllm.engine.vllm.refusals import warnings
-from neuroscope_vllm.engine.vllm.settings import SiteSettings, WorkerSettings, worker_settings
+from neuroscope_vllm.engine.vllm.self_test import Probe, SelfTest
+from neuroscope_vllm.engine.vllm.settings import (
+    SiteSettings,
+    WorkerSettings,
+    engine_name,
+    engine_rank,
+    worker_settings,
+)
 from neuroscope_vllm.engine.vllm.step import is_v2, watch_steps
 
 logger = logging.getLogger(__name__)
@@ -36,17 +44,24 @@ PENDING_STEPS = 4
 """Full-size steps that may wait for the encoder before rows are dropped."""
 
 
-def arm(runner: Any, vllm_config: VllmConfig) -> None:
-    """Wrap `runner.load_model`: register our models, load, then observe. No-op if unconfigured."""
+def arm(worker: Any, vllm_config: VllmConfig) -> None:
+    """Wrap the runner's `load_model`: register our models, load, then observe.
+
+    Gives vLLM's worker the two methods that the self-test calls on every rank. No-op if
+    unconfigured.
+    """
     settings = worker_settings(vllm_config)
     if settings is None:
         return
+    runner = worker.model_runner
     load_model = runner.load_model
 
     def load_observed_model(*args: Any, **kwargs: Any) -> None:
         register_models()
         load_model(*args, **kwargs)
-        observe(runner, vllm_config, settings)
+        test = observe(runner, vllm_config, settings)
+        setattr(worker, self_test.BEGIN_RPC, test.begin)
+        setattr(worker, self_test.END_RPC, test.end)
 
     runner.load_model = load_observed_model
 
@@ -57,8 +72,12 @@ def register_models() -> None:
         ModelRegistry.register_model(architecture, getattr(importlib.import_module(module), name))
 
 
-def observe(runner: Any, vllm_config: VllmConfig, settings: WorkerSettings) -> None:
-    """Start encoding on the rank that sends. Raises RuntimeError if the model has no hook."""
+def observe(runner: Any, vllm_config: VllmConfig, settings: WorkerSettings) -> SelfTest:
+    """Start encoding on the rank that sends. Raises RuntimeError if the model has no hook.
+
+    Returns the self-test that comes before the first step is encoded; it is of no layers on ranks
+    that send nothing.
+    """
     model = runner.get_model()  # without the wrapper that CUDA graphs put around it
     hook = next((m for m in model.modules() if isinstance(m, ActivationHook)), None)
     if hook is None:
@@ -67,44 +86,53 @@ def observe(runner: Any, vllm_config: VllmConfig, settings: WorkerSettings) -> N
             " another plugin may have registered the same architecture."
         )
     if get_tensor_model_parallel_rank() != 0 or not hook.layers:
-        return
-    encoders = [
-        _layer_encoder(site, hook, settings) for site in settings.sites if site.layer in hook.layers
-    ]
-    parallel = vllm_config.parallel_config
+        return SelfTest([], on_step=lambda step: None)
+    encoders, probes = [], []
+    for site in settings.sites:
+        if site.layer in hook.layers:
+            encoder, probe = _layer_encoder(site, hook, settings)
+            encoders.append(encoder)
+            probes.append(probe)
+    engine = engine_name(vllm_config)
 
     def hello(counters: dict[str, int]) -> wire.Hello:
         return wire.Hello(
-            sender=f"worker-{parallel.data_parallel_rank}-{os.getpid()}",
+            sender=f"worker-{engine}-{os.getpid()}",
             role="worker",
-            dp_rank=parallel.data_parallel_rank,
+            engine=engine,
+            dp_rank=engine_rank(vllm_config),
             model=settings.model,
-            armed=not pipeline.failing,
+            armed=test.passed and not pipeline.failing,
             runner="v2" if is_v2(runner) else "v1",
             cudagraph_mode=_cudagraph_mode(vllm_config),
             sites=[_wire_site(encoder, settings) for encoder in encoders],
-            warnings=warnings(vllm_config),
+            warnings=[*test.warnings, *warnings(vllm_config)],
             counters={**counters, **pipeline.counters},
+            self_test=test.results,
         )
 
     sender = Sender(settings.endpoint, hello)
     pipeline = EncodePipeline(
         encoders,
         send=sender.put,
-        dp_rank=parallel.data_parallel_rank,
+        engine=engine,
+        num_layers=len(settings.sites),
         max_pending_rows=PENDING_STEPS * max_rows(vllm_config),
     )
-    watch_steps(runner, pipeline.submit)
+    test = SelfTest(probes, on_step=pipeline.submit)
+    watch_steps(runner, test.on_step)
     sender.start()
     atexit.register(sender.close)
     logger.info("neuroscope: observing layers %s of %s", hook.layers, settings.model)
+    return test
 
 
 def _layer_encoder(
     site: SiteSettings, hook: ActivationHook, settings: WorkerSettings
-) -> LayerEncoder:
+) -> tuple[LayerEncoder, Probe]:
     rows = hook.resid_post(site.layer)
-    sae = load_sae(site.source).to(rows.device)
+    loaded = load_sae(site.source)
+    sae = loaded.to(rows.device)
     calibration = Calibration.load(site.calibration) if site.calibration else None
     ranker = make_ranker(
         _ranking(settings, calibration is not None),
@@ -114,13 +142,15 @@ def _layer_encoder(
         device=rows.device,
     )
     topk = TopKEncoder(sae, ranker, k=settings.settings.top_k, select_dtype=_select_dtype(rows))
-    return LayerEncoder(
+    encoder = LayerEncoder(
         layer=site.layer,
         rows=rows,
         topk=topk,
         sink_norm=calibration.sink_norm if calibration else None,
         rms_input=settings.settings.sae_input == "rms",
     )
+    expected_l0 = self_test.expected_l0(site.info, calibration)
+    return encoder, Probe(encoder, loaded, expected_l0)
 
 
 def _ranking(settings: WorkerSettings, calibrated: bool) -> str:
@@ -140,6 +170,10 @@ def _wire_site(encoder: LayerEncoder, settings: WorkerSettings) -> wire.Site:
         ranking=_ranking(settings, site.calibration is not None),
         top_k=encoder.topk.k,
         sink_norm=encoder.sink_norm,
+        dtype=str(encoder.rows.dtype).removeprefix("torch."),
+        calibration=site.calibration,
+        sae_input=settings.settings.sae_input,
+        max_frequency=settings.settings.max_frequency,
     )
 
 

@@ -25,7 +25,7 @@ async def recent(request: Request) -> dict[str, Any]:
     return {"data": [_summary(trace) for trace in traces], "total": len(hub.traces)}
 
 
-@router.get("/{request_id}")
+@router.get("/{request_id:path}")
 async def trace(request: Request, request_id: str) -> Response:
     """All kept events of all choices that bear this id."""
     hub: Hub = request.app.state.hub
@@ -37,6 +37,7 @@ async def trace(request: Request, request_id: str) -> Response:
             " X-Request-Id you sent, soon after. GET /v1/requests lists what is kept.",
             "request_id",
         )
+    found.sort(key=lambda trace: (trace.created, trace.choice))
     choices = b",".join(_choice(trace) for trace in found)
     return Response(b'{"choices":[%b]}' % choices, media_type="application/json")
 

@@ -1,0 +1,36 @@
+"""What a client may ask of us in a request of its own. Torch-free.
+
+In an HTTP body it is JSON inside `vllm_xargs`, whose values must be strings or numbers:
+`"vllm_xargs": {"neuroscope": "{\\"prompt_features\\": \\"all\\"}"}`; offline, a dict or JSON in
+`SamplingParams.extra_args`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+
+KEY = "neuroscope"
+
+
+class RequestOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Options of one request."""
+
+    prompt_features: Literal["available", "all"] = "available"
+    """`all`: run every prompt token, whatever the prefix cache holds; slower to the first token."""
+
+
+def request_options(extra_args: dict[str, Any] | None) -> RequestOptions:
+    """Raises ValueError, one sentence that names the field, on anything but known options."""
+    given = (extra_args or {}).get(KEY)
+    if given is None:
+        return RequestOptions()
+    try:
+        if isinstance(given, str):
+            return msgspec.json.decode(given, type=RequestOptions)
+        return msgspec.convert(given, RequestOptions)
+    except msgspec.ValidationError as error:
+        raise ValueError(f"vllm_xargs.{KEY}: {error}.") from None
+    except msgspec.DecodeError as error:
+        raise ValueError(f"vllm_xargs.{KEY} is not valid JSON: {error}.") from None

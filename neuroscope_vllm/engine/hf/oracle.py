@@ -1,0 +1,107 @@
+"""The residuals of a token sequence as transformers computes them, one sequence at a time.
+
+An independent reference for what a server streams: float32, on the CPU, eager attention, no cache
+and no batching, so none of what makes an inference engine fast can be wrong here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from neuroscope_vllm.core.errors import ConfigError
+from neuroscope_vllm.engine.hf.gguf import quiet_transformers
+
+
+class Oracle:
+    """A transformers model cut off above the last layer that is asked for.
+
+    Attributes:
+        num_layers: Decoder layers of the whole model.
+    """
+
+    def __init__(self, model: str, layers: Sequence[int]) -> None:
+        """
+        Args:
+            model: Folder or hub id of a causal language model in transformers' layout.
+            layers: Zero-indexed decoder layers whose residuals are wanted.
+
+        Raises:
+            ConfigError: transformers is not installed, the model can not be loaded, or it has no
+                such layer.
+        """
+        self._decoder, self._layers = _load(model)
+        self._wanted = sorted(set(layers))
+        if self._wanted[-1] >= len(self._layers):
+            raise ConfigError(
+                f"model {model} has {len(self._layers)} layers but layer {self._wanted[-1]} is"
+                " observed; give the model that the server runs with --model."
+            )
+        self.num_layers = len(self._layers)
+        # The layers above change nothing below them, and need not run.
+        del self._layers[self._wanted[-1] + 1 :]
+
+    @property
+    def d_model(self) -> int:
+        return self._decoder.config.hidden_size
+
+    @torch.inference_mode()
+    def residuals(self, token_ids: Sequence[int]) -> dict[int, Tensor]:
+        """resid_post by layer, float32 [len(token_ids), d_model], of a sequence from position 0.
+
+        Read as the layer returns it: transformers' `hidden_states` have the final norm applied to
+        the last one.
+        """
+        found: dict[int, Tensor] = {}
+
+        def keep(layer: int) -> Any:
+            def hook(module: nn.Module, args: Any, output: Any) -> None:
+                hidden = output if isinstance(output, Tensor) else output[0]
+                found[layer] = hidden[0].float()
+
+            return hook
+
+        handles = [self._layers[at].register_forward_hook(keep(at)) for at in self._wanted]
+        try:
+            self._decoder(input_ids=torch.tensor([list(token_ids)]), use_cache=False)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return found
+
+
+def _load(model: str) -> tuple[Any, nn.ModuleList]:
+    """The decoder of a model, and its layers."""
+    try:
+        import transformers
+    except ImportError:
+        raise ConfigError(
+            "recomputing features offline needs transformers, which is not installed;"
+            " pip install 'neuroscope-vllm[hf]'."
+        ) from None
+    try:
+        with quiet_transformers():
+            whole = transformers.AutoModelForCausalLM.from_pretrained(
+                model,
+                dtype=torch.float32,
+                # Others leave out Gemma 2's soft capping.
+                attn_implementation="eager",
+            )
+    # What a broken folder raises is not documented, and differs by what is broken.
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise ConfigError(
+            f"model {model} can not be loaded with transformers ({reason}); give the folder or hub"
+            " id of the model that the server runs with --model."
+        ) from error
+    decoder = whole.eval().get_decoder()
+    layers = getattr(decoder, "layers", None)
+    if not isinstance(layers, nn.ModuleList):
+        raise ConfigError(
+            f"model {model} ({type(whole).__name__}) keeps its decoder layers where they are not"
+            " found; verify a Llama or Gemma model."
+        )
+    return decoder, layers

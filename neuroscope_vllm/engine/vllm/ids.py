@@ -1,0 +1,48 @@
+"""From vLLM's ids to the ones that a client knows."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+CHOICES = "neuroscope_n"
+"""Where `admission` leaves a request's `n`; its children no longer know it."""
+
+_CHILD = re.compile(r"^(\d+)_")
+_SUFFIX = re.compile(r"-[0-9a-f]{8}$")
+_BEAM = re.compile(r"^(.+)-[0-9a-f]{16,32}-beam-(\d+)$")
+_PROMPT = re.compile(r"^((?:cmpl|generative-scoring)-.*)-(\d+)$")
+_TURN = re.compile(r"^(resp_.+)_(\d+)$")
+
+
+class Identity(NamedTuple):
+    """`request_id` is the id of the client's answer, `choice` the index of the choice in it."""
+
+    request_id: str
+    choice: int
+    beam: bool
+
+
+def identify(
+    internal_id: str, external_id: str | None, extra_args: Mapping[str, Any] | None
+) -> Identity:
+    """Who an engine's request is.
+
+    vLLM puts `<i>_` in front of the id of choice i under n > 1, and random hex behind all; a
+    /v1/completions call has a request `cmpl-…-<i>` for each of its prompts, whose choices are
+    numbered through; a /v1/responses call has a request `resp_…_<i>` for each turn between calls
+    of vLLM's own tools; beam search has a request `…-beam-<i>` for each token of each beam.
+    """
+    external = external_id or _SUFFIX.sub("", internal_id)
+    child = _CHILD.match(internal_id)
+    is_child = child is not None and internal_id[child.end() :].startswith(external)
+    choice = int(child.group(1)) if child is not None and is_child else 0
+    if beam := _BEAM.match(external):
+        return Identity(beam[1], int(beam[2]), beam=True)
+    if prompt := _PROMPT.match(external):
+        n = (extra_args or {}).get(CHOICES, 1)
+        return Identity(prompt[1], int(prompt[2]) * n + choice, beam=False)
+    if turn := _TURN.match(external):
+        return Identity(turn[1], int(turn[2]), beam=False)
+    return Identity(external, choice, beam=False)

@@ -1,0 +1,140 @@
+"""Features of token prefixes seen before, for positions that vLLM serves from its prefix cache.
+
+A residual depends on the tokens up to its own position, and on what `prefix_root` stands for, and
+on nothing else. So rows of an earlier request with the same prefix are the rows of this one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from itertools import chain
+
+from neuroscope_vllm.core import wire
+from neuroscope_vllm.server.rows import Rows, unpack_layer
+
+BLOCK = 16
+"""Tokens per entry. vLLM caches whole blocks, of this size or a multiple of it."""
+ENTRY_OVERHEAD_BYTES = 400
+"""What an entry costs beside its arrays: dictionary, digest, objects."""
+
+Block = list[wire.LayerFeatures]
+
+
+class PrefixCache:
+    """Blocks of rows by the rolling digest of all tokens up to their end.
+
+    Bounded in bytes; the least recently used block goes first.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self.bytes = 0
+        self.hits = 0
+        self.misses = 0
+        self._max_bytes = max_bytes
+        self._blocks: OrderedDict[bytes, Block] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    def get(self, digest: bytes) -> Block | None:
+        block = self._blocks.get(digest)
+        if block is None:
+            self.misses += 1
+            return None
+        self.hits += 1
+        self._blocks.move_to_end(digest)
+        return block
+
+    def put(self, digest: bytes, block: Block) -> None:
+        replaced = self._blocks.pop(digest, None)
+        self.bytes += _size(block) - (_size(replaced) if replaced is not None else 0)
+        self._blocks[digest] = block
+        while self.bytes > self._max_bytes:
+            self.bytes -= _size(self._blocks.popitem(last=False)[1])
+
+
+class PrefixWalk:
+    """One choice's way along its own tokens: what it knows goes in, what others knew comes out.
+
+    Positions are taken in order, from 0, each once.
+    """
+
+    def __init__(self, cache: PrefixCache, root: bytes) -> None:
+        self._cache = cache
+        self._digest = root
+        self._ids = array("i")  # of the block that has begun
+        self._rows: list[tuple[Rows, int]] = []  # likewise; fewer where a row is missing
+
+    def add(self, token_id: int, rows: Rows | None, row: int) -> None:
+        """The next position and its row, None if it has none."""
+        self._ids.append(token_id)
+        if rows is not None:
+            self._rows.append((rows, row))
+        if len(self._ids) < BLOCK:
+            return
+        self._turn()
+        if len(self._rows) == BLOCK:
+            # Also where it is known: the model's weights may have been replaced since.
+            block = pack(self._rows)
+            if block is not None:
+                self._cache.put(self._digest, block)
+        self._rows = []
+
+    def read(self, token_ids: Iterable[int]) -> Iterator[tuple[int, Rows | None, int]]:
+        """The next positions, which others may know: (token id, rows, row in them)."""
+        ids = array("i", token_ids)
+        while ids:
+            begun = len(self._ids)
+            part, ids = ids[: BLOCK - begun], ids[BLOCK - begun :]
+            self._ids.extend(part)
+            rows = None
+            if len(self._ids) == BLOCK:
+                self._turn()
+                self._rows = []
+                block = self._cache.get(self._digest)
+                if block is not None:
+                    rows = Rows([], [], [unpack_layer(layer, BLOCK) for layer in block])
+            for row, token_id in enumerate(part, begun):
+                yield token_id, rows, row
+
+    def _turn(self) -> None:
+        """The block is whole: its digest covers all tokens up to its end."""
+        self._digest = hashlib.blake2b(self._digest + self._ids.tobytes(), digest_size=16).digest()
+        self._ids = array("i")
+
+
+def pack(rows: list[tuple[Rows, int]]) -> Block | None:
+    """Rows of many messages as arrays, or None if they are not all of the same layers."""
+    layers = [layer.layer for layer in rows[0][0].layers]
+    block: Block = []
+    for at, layer in enumerate(layers):
+        columns = []
+        for one, row in rows:
+            if len(one.layers) != len(layers) or one.layers[at].layer != layer:
+                return None
+            columns.append((one.layers[at], row))
+        first, row = columns[0]
+        block.append(
+            wire.LayerFeatures(
+                layer=layer,
+                top_k=len(first.index[row]),
+                index=array("i", chain.from_iterable(c.index[r] for c, r in columns)).tobytes(),
+                activation=array(
+                    "f", chain.from_iterable(c.activation[r] for c, r in columns)
+                ).tobytes(),
+                score=array("f", chain.from_iterable(c.score[r] for c, r in columns)).tobytes(),
+                l0=array("i", [c.l0[r] for c, r in columns]).tobytes(),
+                sink=bytes([c.sink[r] for c, r in columns]),
+            )
+        )
+    return block
+
+
+def _size(block: Block) -> int:
+    return ENTRY_OVERHEAD_BYTES + sum(
+        len(one.index) + len(one.activation) + len(one.score) + len(one.l0) + len(one.sink) + 200
+        for one in block
+    )
