@@ -292,7 +292,8 @@ def test_everything_once_in_order_with_its_own_features(
 def test_the_configuration_is_the_one_asked_for(outcome: Outcome, mode: Mode) -> None:
     assert {worker["runner"] for worker in outcome.workers} == {mode.runner}
     assert {worker["dp_rank"] for worker in outcome.workers} == set(range(mode.engines))
-    assert len(outcome.workers) == mode.engines
+    # Each observed layer lies on a stage of its own.
+    assert len(outcome.workers) == mode.engines * len(mode.layers)
     ranks = {
         event["dp_rank"]
         for choices in outcome.traces.values()
