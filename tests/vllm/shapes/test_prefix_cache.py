@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.vllm.asking import CHAT, COMPLETION, Answer, Api, new_name, some_tokens
+from tests.vllm.shapes.asking import CHAT, COMPLETION, Answer, Api, new_name, some_tokens
 
 HELLO = {"messages": [{"role": "user", "content": "hello there"}]}
 ALL_PROMPT = {"vllm_xargs": {"neuroscope": json.dumps({"prompt_features": "all"})}}

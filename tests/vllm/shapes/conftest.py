@@ -10,7 +10,7 @@ import pytest
 
 from tests.support.oracle import Oracle
 from tests.support.served import SMALL, Served, start_neuroscope
-from tests.vllm.asking import Api
+from tests.vllm.shapes.asking import Api
 
 SHAPES = (
     *("--enforce-eager", "--max-num-batched-tokens", "64", "--max-num-seqs", "16"),
@@ -19,7 +19,7 @@ SHAPES = (
 )
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def shapes_server(
     tiny_llama: Path, tiny_sae: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Served]:
@@ -36,7 +36,7 @@ def shapes_server(
         server.stop()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def api(shapes_server: Served, tiny_llama: Path, tiny_sae: Path) -> Api:
     no_sinks = {20: math.inf}  # there is no calibration
     return Api(shapes_server, Oracle(tiny_llama, {20: tiny_sae}, no_sinks))

@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from tests.support.served import sse_events
-from tests.vllm.asking import CHAT, COMPLETION, PREFIX, Answer, Api, new_name, some_tokens
+from tests.vllm.shapes.asking import CHAT, COMPLETION, PREFIX, Answer, Api, new_name, some_tokens
 
 REQUESTS: dict[str, dict[str, Any]] = {
     CHAT: {"messages": [{"role": "user", "content": "hello there"}], "max_tokens": 24},

@@ -21,7 +21,7 @@ from vllm.v1.engine.detokenizer import FastIncrementalDetokenizer
 from neuroscope_vllm.engine.hf import gguf
 from neuroscope_vllm.server.detokenize import OutputText, TextStream
 from tests.support import models as tiny
-from tests.vllm.asking import CHAT, COMPLETION, Answer, Api
+from tests.vllm.shapes.asking import CHAT, COMPLETION, Answer, Api
 
 RANDOM_REQUESTS = 100
 TOKENS = 60

@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.vllm.asking import (
+from tests.vllm.shapes.asking import (
     CHAT,
     COMPLETION,
     PREFIX,
