@@ -45,6 +45,11 @@ def vllm_command(
     words = ["vllm", "serve", model, "--port", str(port)]
     if settings is not None:
         additional = _take_json_option(flags, "--additional-config")
+        if "neuroscope" in additional:
+            raise click.UsageError(
+                "--additional-config has an object neuroscope; give its settings as flags before"
+                " the --, or as a file with --config."
+            )
         additional["neuroscope"] = settings_dict(settings)
         words += ["--additional-config", json.dumps(additional)]
     if not any(flag.startswith("--shutdown-timeout") for flag in flags):
@@ -66,7 +71,9 @@ def run_server(words: list[str], settings: Settings, port: int, print_command: b
         [vllm_executable(), *words[1:]], start_new_session=True, env=without_settings(os.environ)
     )
     features = f"http://{url_host(settings.features_host)}:{settings.features_port}"
-    announcer = threading.Thread(target=_announce, args=(child, features, port), daemon=True)
+    announcer = threading.Thread(
+        target=_announce, args=(child, features, port, settings.hub), daemon=True
+    )
     announcer.start()
     try:
         code = child.wait()
@@ -102,15 +109,18 @@ def vllm_executable() -> str:
 
 
 def _take_json_option(flags: list[str], name: str) -> dict[str, Any]:
-    """Remove `name VALUE` or `name=VALUE` from `flags` and return the parsed object."""
+    """Remove `name VALUE` or `name=VALUE` from `flags` and return the parsed object.
+
+    vLLM takes underscores for dashes.
+    """
     for i, flag in enumerate(flags):
-        if flag == name and i + 1 < len(flags):
-            text = flags[i + 1]
-            del flags[i : i + 2]
-            return _json_object(name, text)
-        if flag.startswith(f"{name}="):
-            del flags[i]
-            return _json_object(name, flag.partition("=")[2])
+        given, equals, text = flag.partition("=")
+        if given.replace("_", "-") != name:
+            continue
+        if not equals:
+            text = "".join(flags[i + 1 : i + 2])
+        del flags[i : i + (1 if equals else 2)]
+        return _json_object(name, text)
     return {}
 
 
@@ -124,13 +134,21 @@ def _json_object(name: str, text: str) -> dict[str, Any]:
     return value
 
 
-def _announce(child: subprocess.Popen[Any], features: str, port: int) -> None:
-    """Wait for both servers, then print where they are and what is observed."""
+def _announce(child: subprocess.Popen[Any], features: str, port: int, hub: str | None) -> None:
+    """Wait for both servers, then print where they are and what is observed.
+
+    A hub that runs apart has its own address, which only it knows.
+    """
     import httpx
 
+    chat = f"http://127.0.0.1:{port}"
     while child.poll() is None:
         with contextlib.suppress(httpx.HTTPError):
-            if httpx.get(f"{features}/ready", timeout=2).status_code == 200:
+            ready = httpx.get(f"{features}/ready" if hub is None else f"{chat}/health", timeout=2)
+            if ready.status_code == 200 and hub is not None:
+                console.print(f"\n  [bold]chat[/]  {chat}/v1\n  [bold]hub[/]   {hub}\n")
+                return
+            if ready.status_code == 200:
                 description = httpx.get(f"{features}/v1/features/describe", timeout=5).json()
                 print_banner(description, features, port)
                 return

@@ -48,8 +48,16 @@ def test_flags_and_environment_end_in_the_printed_command() -> None:
     assert config_of(out)["neuroscope"] == {"sae": ["s"], "layer": [20], "top_k": 3}
 
 
-def test_the_users_additional_config_is_merged() -> None:
-    flags = ("--", "--additional-config", '{"mine": 1}')
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--additional-config", '{"mine": 1}'),
+        ("--additional_config", '{"mine": 1}'),
+        ('--additional-config={"mine": 1}',),
+    ],
+)
+def test_the_users_additional_config_is_merged(words: tuple[str, ...]) -> None:
+    flags = ("--", *words)
     _, out, _ = run("serve", "m", "--sae", "s", "--print-command", *flags)
     assert config_of(out) == {"mine": 1, "neuroscope": {"sae": ["s"]}}
 
@@ -61,6 +69,10 @@ def test_the_users_additional_config_is_merged() -> None:
         (("serve", "m", "--sae", "s", "--enforce-eager"), "No such option"),
         (("serve", "m", "--sae", "s", "--", "--port", "1"), "before the --"),
         (("serve", "m", "--sae", "s", "--", "--additional-config", "{"), "not JSON"),
+        (
+            ("serve", "m", "--sae", "s", "--", "--additional_config", '{"neuroscope": {}}'),
+            "give its settings as flags",
+        ),
         (("serve", "m", "--sae", "s", "--top-k", "0"), "between 1 and 128"),
         (("serve", "m", "--sae", "s", "--config", "/no/such.yaml"), "can not be read"),
         (("nonsense",), "No such command"),
