@@ -32,6 +32,8 @@ WORDS = [
     *("mirror", "planet", "bread", "velvet", "thunder", "ladder", "ocean", "paper", "tiger"),
     *("is", "was", "under", "above", "because", "seldom", "the", "a", "and", "of", "12", "407"),
 ]
+SHARING = (3, 7)
+"""Kinds of requests that may be served from the prefix cache."""
 STOPS = [".", "er", "q"]
 
 
@@ -50,6 +52,7 @@ class Ask:
     body: dict[str, Any]
     leave_after: int | None = None
     """Tokens after which the client disconnects."""
+    may_cache: bool = False
     ndjson: bool = False
     """The form of the stream that is read; else SSE."""
 
@@ -61,7 +64,9 @@ class Outcome:
     ids: set[str] = field(default_factory=set)
     prompt: list[int] = field(default_factory=list)
     choices: dict[int, list[int]] = field(default_factory=dict)
+    texts: dict[int, str] = field(default_factory=dict)
     complete: bool = True
+    may_cache: bool = False
     events: list[dict[str, Any]] = field(default_factory=list)
 
     def hear(self, chunk: dict[str, Any]) -> None:
@@ -71,10 +76,20 @@ class Outcome:
         for choice in chunk["choices"]:
             self.prompt = self.prompt or choice.get("prompt_token_ids") or []
             self.choices.setdefault(choice["index"], []).extend(choice.get("token_ids") or [])
+            # A chat's content may have gone through a parser of tools or of reasoning.
+            if (text := choice.get("text")) is not None:
+                self.texts[choice["index"]] = self.texts.get(choice["index"], "") + text
 
     @property
     def answer(self) -> Answer:
-        return Answer(frozenset(self.ids), self.prompt, self.choices, self.complete)
+        return Answer(
+            frozenset(self.ids),
+            self.prompt,
+            self.choices,
+            self.complete,
+            self.may_cache,
+            self.texts,
+        )
 
 
 def mix(count: int, max_tokens: int, model: str, max_model_len: int) -> list[Ask]:
@@ -102,7 +117,7 @@ def _ask(
 ) -> Ask:
     kind = i % 8
     text = " ".join(draw.choices(WORDS, k=draw.randint(2, words // 4)))
-    text = f"{shared} {i} {text}" if kind in (3, 7) else f"{id_} {text}"
+    text = f"{shared} {i} {text}" if kind in SHARING else f"{id_} {text}"
     body: dict[str, Any] = {
         "model": model,
         "max_tokens": max_tokens - i % 3 if max_tokens > 3 else max_tokens,
@@ -119,11 +134,13 @@ def _ask(
             body["ignore_eos"] = True
         case 5:
             body |= {"stop": STOPS, "min_tokens": max_tokens // 3}
+    if kind not in SHARING:
+        body["vllm_xargs"] = {"neuroscope": '{"prompt_features": "all"}'}
     if kind in (1, 3, 6):
         path, body["prompt"] = "/v1/completions", text
     else:
         path, body["messages"] = "/v1/chat/completions", [{"role": "user", "content": text}]
-    return Ask(id_, path, body, leave_after, ndjson=bool(i // 8 % 2))
+    return Ask(id_, path, body, leave_after, kind in SHARING, ndjson=bool(i // 8 % 2))
 
 
 async def storm(
@@ -166,7 +183,7 @@ def _as_verify_error(url: str, error: Exception) -> Exception:
 
 async def _watched(client: httpx.AsyncClient, ask: Ask) -> Outcome:
     """Send a request while its stream is being read, from before it exists."""
-    outcome = Outcome()
+    outcome = Outcome(may_cache=ask.may_cache)
     accept = "application/x-ndjson" if ask.ndjson else "text/event-stream"
     async with client.stream(
         "GET",

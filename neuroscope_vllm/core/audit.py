@@ -45,6 +45,10 @@ class Answer:
     """Generated token ids by choice, as far as the client read them."""
     complete: bool = True
     """False: the client left, and vLLM may have generated more."""
+    may_cache: bool = True
+    """Whether its prompt may have been served from the prefix cache."""
+    texts: Mapping[int, str] = field(default_factory=dict)
+    """Text of the choices whose answer has it as it was generated, as far as the client read it."""
 
 
 class Row(NamedTuple):
@@ -83,8 +87,8 @@ def audit(answer: Answer, events: Iterable[Mapping[str, Any]], layers: Sequence[
         a choice has one, and so has a `cached` prompt token. A reported gap is none: the features
         were promised.
     duplicated: every event beyond the first of a position.
-    misattributed: another request's id, a choice or position that vLLM never answered, or another
-        token than vLLM's.
+    misattributed: another request's id, a choice or position that vLLM never answered, another
+        token than vLLM's, a position after a later one; else, once a choice, another text.
     """
     told = [event for event in events if event["event"] in TOKEN_EVENTS]
     prompt = list(answer.prompt)
@@ -93,6 +97,8 @@ def audit(answer: Answer, events: Iterable[Mapping[str, Any]], layers: Sequence[
         _extend(contexts, answer, told)
     result = Audit(contexts)
     seen: set[tuple[int, int, int]] = set()
+    furthest: dict[tuple[int, int], int] = {}
+    texts = dict.fromkeys(contexts, "")
     for event in told:
         choice, position, layer = event["choice"], event["position"], event["layer"]
         context = contexts.get(choice)
@@ -104,12 +110,22 @@ def audit(answer: Answer, events: Iterable[Mapping[str, Any]], layers: Sequence[
             result.duplicated += 1
         else:
             seen.add(slot)
-            if event["request_id"] in answer.ids and _is_token(event, context, len(prompt)):
-                _take(result, event, Row(*slot, event), len(prompt))
+            in_order = position > furthest.get((choice, layer), -1)
+            furthest[choice, layer] = max(position, furthest.get((choice, layer), -1))
+            ours = event["request_id"] in answer.ids and in_order
+            if event["event"] == "token" and layer == layers[0]:
+                texts[choice] += event["token"]
+            if ours and _is_token(event, context, len(prompt)):
+                _take(result, event, Row(*slot, event), answer)
             else:
                 result.misattributed += 1
     positions = sum(len(context) for context in contexts.values())
     result.missing += positions * len(layers) - len(seen)
+    if result.missing or result.duplicated or result.misattributed:
+        return result  # which a text would only show once more
+    for choice, text in answer.texts.items():
+        whole = texts[choice] if answer.complete else texts[choice][: len(text)]
+        result.misattributed += whole != text
     return result
 
 
@@ -135,8 +151,11 @@ def _is_token(event: Mapping[str, Any], context: Sequence[int], prompt_tokens: i
     return said == kind and event["token_id"] == context[event["position"]]
 
 
-def _take(result: Audit, event: Mapping[str, Any], row: Row, prompt_tokens: int) -> None:
-    if event["features_at"] == "self":
+def _take(result: Audit, event: Mapping[str, Any], row: Row, answer: Answer) -> None:
+    prompt_tokens = len(answer.prompt)
+    if event.get("cached") and not answer.may_cache:
+        result.missing += 1
+    elif event["features_at"] == "self":
         result.rows.append(row)
     elif event.get("cached") and row.position < prompt_tokens - 1:
         result.cached += 1

@@ -32,6 +32,8 @@ class RequestEvent(msgspec.Struct, omit_defaults=True, gc=False):
     layers: list[int]
     dp_rank: int
     lora: str | None = None
+    retold: bool = False
+    """The side process was started again, or missed something, and tells this request anew."""
     beam: bool = False
     """One step of beam `choice`: beam search runs a new request per token and beam, each with
     all tokens so far as its prompt."""

@@ -37,7 +37,7 @@ CHUNK_STRAYS = 32
 class Published(NamedTuple):
     """The features of n rows; `valid` tells padding.
 
-    index int64, activation f32, score f32 and valid bool are [n, k]; sink is bool [n].
+    index int64, activation f32, score f32 and valid bool are [n, k]; sink bool and l0 int64 [n].
     """
 
     index: Tensor  # pyright: ignore[reportIncompatibleMethodOverride]  (tuple.index)
@@ -45,6 +45,7 @@ class Published(NamedTuple):
     score: Tensor
     valid: Tensor
     sink: Tensor
+    l0: Tensor
 
     def part(self, rows: slice | Tensor) -> Published:
         return Published(*(column[rows] for column in self))
@@ -71,7 +72,8 @@ def published(events: Sequence[Mapping[str, Any]], top_k: int) -> Published:
             score[row, column] = _number(feature["score"])
             valid[row, column] = True
     sink = torch.tensor([bool(event.get("sink")) for event in events], dtype=torch.bool)
-    return Published(index, activation, score, valid, sink)
+    l0 = torch.tensor([event["l0"] for event in events], dtype=torch.int64)
+    return Published(index, activation, score, valid, sink, l0)
 
 
 def _number(value: float | None) -> float:
@@ -140,6 +142,9 @@ class Judge:
         slack = self._tolerance * expected.abs().maximum(FLOOR * strength)
         right = (error <= self._tolerance) & self._consistent(rows, index)
         right &= self._complete(rows, index, expected - slack)
+        # As many features are active as may be, with those near their thresholds in or out.
+        least = (expected - slack > self._threshold).sum(dim=1)
+        right &= (least <= rows.l0) & (rows.l0 <= (expected + slack > self._threshold).sum(dim=1))
         return self._with_sinks(rows, residuals, Fit(error, right))
 
     def _consistent(self, rows: Published, index: Tensor) -> Tensor:

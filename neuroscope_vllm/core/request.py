@@ -12,6 +12,10 @@ from typing import Any, Literal
 import msgspec
 
 KEY = "neuroscope"
+_EXPECTED = (
+    'give a JSON object in a string, as in "{\\"prompt_features\\": \\"all\\"}" (prompt_features is'
+    " available or all)"
+)
 
 
 class RequestOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -31,6 +35,6 @@ def request_options(extra_args: dict[str, Any] | None) -> RequestOptions:
             return msgspec.json.decode(given, type=RequestOptions)
         return msgspec.convert(given, RequestOptions)
     except msgspec.ValidationError as error:
-        raise ValueError(f"vllm_xargs.{KEY}: {error}.") from None
+        raise ValueError(f"vllm_xargs.{KEY}: {error}; {_EXPECTED}.") from None
     except msgspec.DecodeError as error:
-        raise ValueError(f"vllm_xargs.{KEY} is not valid JSON: {error}.") from None
+        raise ValueError(f"vllm_xargs.{KEY} is not JSON ({error}); {_EXPECTED}.") from None

@@ -89,6 +89,8 @@ class RequestStarted(msgspec.Struct, tag="request"):
     dp_rank: int
     prompt_token_ids: bytes  # int32[prompt_len]
     created: float  # unix seconds
+    layers: list[int] = []
+    """Observed ones."""
     stop: list[str] = []
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False

@@ -124,6 +124,7 @@ def messages(
         dp_rank=0,
         prompt_token_ids=np.array(ids.prompt, "<i4").tobytes(),
         created=time.time(),
+        layers=sorted(layers),
         stop=list(script.stop),
     )
     scheduled = wire.RequestScheduled(ids.internal_id, script.cached)

@@ -35,6 +35,10 @@ PREFIX_SHARE = 0.25
 prefixes; the traces have the rest."""
 
 
+PAUSED_S = 2.0
+"""If so long passed between ticks, this process stood still, and has not read what was sent."""
+
+
 class _Open:
     """A choice that runs."""
 
@@ -77,6 +81,7 @@ class Hub:
         self._by_name: dict[str, set[OneRequest]] = {}
         self._touched: set[OneRequest] = set()
         self._wake_all = False
+        self._ticked_at = time.monotonic()
 
     def handle(self, message: wire.Message, now: float | None = None) -> None:
         """Take one message. Raises ValueError on arrays that do not fit each other."""
@@ -105,6 +110,9 @@ class Hub:
     def tick(self, now: float | None = None) -> None:
         """Do what is due by time; call a few times a second."""
         now = time.monotonic() if now is None else now
+        if now - self._ticked_at > PAUSED_S:
+            self.senders.excuse(now - self._ticked_at)
+        self._ticked_at = now
         for gone in self.senders.forget(now):
             self._engine_gone(gone, now)
         for partial in self._stages.tick(now):
@@ -154,13 +162,12 @@ class Hub:
 
     # Messages
 
-    def _on_started(self, started: wire.RequestStarted, now: float) -> None:
+    def _on_started(self, started: wire.RequestStarted, now: float, retold: bool = False) -> None:
         internal_id = started.internal_id
         if internal_id in self._open:
             self.counters["requests_started_twice"] += 1
             return
-        layers = [site.layer for site in self.senders.sites()]
-        narrator = Narrator(started, self.model, layers, self.label_of, self.tokenizer)
+        narrator = Narrator(started, self.model, self.label_of, self.tokenizer)
         trace = Trace(internal_id, started.request_id, started.choice, started.created)
         self.traces.open(trace)
         for name in trace.aliases:
@@ -171,7 +178,7 @@ class Hub:
         assert choice is not None
         self._open[internal_id] = _Open(narrator, choice, trace)
         self.counters["requests"] += 1
-        self._publish(trace, [narrator.request()])
+        self._publish(trace, [narrator.request(retold)])
         self._tell(internal_id, items, now)
 
     def _on_scheduled(self, internal_id: str, cached_tokens: int, now: float) -> None:
@@ -221,9 +228,9 @@ class Hub:
         for one in message.live:
             internal_id = one.started.internal_id
             if internal_id not in self._open:
-                if one.finish_reason is not None and self.join.ended(internal_id):
+                if self.join.ended(internal_id):
                     continue
-                self._on_started(one.started, now)
+                self._on_started(one.started, now, retold=True)
             if one.cached_tokens is not None:
                 self._on_scheduled(internal_id, one.cached_tokens, now)
             if internal_id in self._open and not self._open[internal_id].choice.finished:

@@ -23,7 +23,8 @@ ORPHAN_WAIT_S = 5.0
 """How long rows wait for a RequestStarted that comes on another socket."""
 HELD_ROWS_PER_CHOICE = 16_384
 ORPHAN_ROWS = 32_768
-ENDED_IDS = 4_096
+ENDED_IDS = 32_768
+"""More than all engines together tell again after a loss."""
 
 
 class Placed(NamedTuple):

@@ -29,7 +29,6 @@ class Narrator:
 
     started: wire.RequestStarted
     model: str
-    layers: list[int]
     label_of: LabelOf
     tokenizer: Tokenizer | None
     prompt_tokens: int = field(init=False)
@@ -68,7 +67,7 @@ class Narrator:
         self.completion_tokens += len(released.token_ids)
         return released
 
-    def request(self) -> Named:
+    def request(self, retold: bool = False) -> Named:
         started = self.started
         event = events.RequestEvent(
             request_id=started.request_id,
@@ -77,9 +76,10 @@ class Narrator:
             model=self.model,
             prompt_tokens=self.prompt_tokens,
             created=started.created,
-            layers=self.layers,
+            layers=self.started.layers,
             dp_rank=started.dp_rank,
             lora=started.lora,
+            retold=retold,
             beam=started.beam,
         )
         return "request", None, event
@@ -113,9 +113,9 @@ class Narrator:
                 placed.token_id, rows.layer, self._features(rows, row), rows.l0[row], "self", phase,
                 placed.cached, bool(rows.sink[row]), started.internal_id,
             )  # fmt: skip
-        if known and len(known) >= len(self.layers):
+        if known and len(known) >= len(self.started.layers):
             return
-        missing = set(self.layers).difference(rows.layer for rows in known)
+        missing = set(self.started.layers).difference(rows.layer for rows in known)
         for layer in sorted(missing) or (None,):
             yield name, layer, make(
                 started.request_id, started.choice, token_index, position, text,

@@ -45,6 +45,11 @@ class Senders:
         self._senders[hello.sender] = Sender(hello, now)
         return replaced
 
+    def excuse(self, pause: float) -> None:
+        """Nobody could be heard for `pause` seconds."""
+        for sender in self._senders.values():
+            sender.heard_at += pause
+
     def forget(self, now: float) -> list[Sender]:
         """Returns those that have been lost for so long that they will not come back."""
         gone = [s for s in self._senders.values() if now - s.heard_at > FORGOTTEN_AFTER_S]

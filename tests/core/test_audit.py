@@ -22,7 +22,12 @@ ID = "chatcmpl-a"
 prompts = st.lists(st.integers(0, 99), min_size=1, max_size=6)
 generated = st.lists(st.integers(0, 99), min_size=1, max_size=6)
 answers = st.builds(
-    lambda prompt, choices: Answer(frozenset({ID}), prompt, dict(enumerate(choices))),
+    lambda prompt, choices: Answer(
+        frozenset({ID}),
+        prompt,
+        dict(enumerate(choices)),
+        texts={at: "".join(map(chr, ids)) for at, ids in enumerate(choices)},
+    ),
     prompts,
     st.lists(generated, min_size=1, max_size=2),
 )
@@ -44,6 +49,7 @@ def events_of(answer: Answer, layers: list[int] = LAYERS) -> list[dict[str, Any]
                     "position": position,
                     "token_index": None if in_prompt else position - len(answer.prompt),
                     "token_id": token_id,
+                    "token": chr(token_id),
                     "layer": layer,
                     "features_at": None if position == len(context) - 1 else "self",
                 }
@@ -63,13 +69,49 @@ def told(events: list[dict[str, Any]]) -> st.SearchStrategy[int]:
 
 
 @given(answers, st.randoms())
-def test_the_truth_in_any_order_passes(answer: Answer, random: Any) -> None:
+def test_the_truth_passes_however_choices_and_layers_interleave(
+    answer: Answer, random: Any
+) -> None:
     events = events_of(answer)
-    random.shuffle(events)
-    found = audit(answer, events, LAYERS)
+    turns = [(e["choice"], e.get("layer")) for e in events]
+    random.shuffle(turns)
+    streams = {
+        turn: iter([e for e in events if (e["choice"], e.get("layer")) == turn]) for turn in turns
+    }
+    found = audit(answer, [next(streams[turn]) for turn in turns], LAYERS)
     assert counts(found) == (0, 0, 0)
     featured = sum(len(answer.prompt) + len(ids) - 1 for ids in answer.choices.values())
     assert len(found.rows) == featured * len(LAYERS)
+
+
+@given(answers, st.data())
+def test_a_position_after_a_later_one_is_misattributed(answer: Answer, data: st.DataObject) -> None:
+    events = events_of(answer, [20])
+    places = [i for i, e in enumerate(events[:-1]) if "layer" in e and "layer" in events[i + 1]]
+    at = data.draw(st.sampled_from(places))
+    events[at : at + 2] = events[at + 1], events[at]
+    assert counts(audit(answer, events, [20])) == (0, 0, 1)
+
+
+@given(answers, st.data())
+def test_another_text_is_misattributed(answer: Answer, data: st.DataObject) -> None:
+    events = events_of(answer)
+    tokens = [i for i, e in enumerate(events) if e["event"] == "token" and e["layer"] == LAYERS[0]]
+    at = data.draw(st.sampled_from(tokens))
+    events[at] = events[at] | {"token": events[at]["token"] + "!"}
+    assert counts(audit(answer, events, LAYERS)) == (0, 0, 1)
+
+
+@given(answers, st.data())
+def test_cached_positions_are_missing_where_nothing_may_be_cached(
+    answer: Answer, data: st.DataObject
+) -> None:
+    answer = dataclasses.replace(answer, may_cache=False)
+    events = events_of(answer)
+    prompt = [i for i, e in enumerate(events) if e["event"] == "prompt"]
+    at = data.draw(st.sampled_from(prompt))
+    events[at] = events[at] | {"cached": True}
+    assert counts(audit(answer, events, LAYERS)) == (1, 0, 0)
 
 
 @given(answers, st.data())
@@ -191,9 +233,10 @@ class Setting:
                     if i >= 0 and row != 7
                 ],
                 "sink": row == 7,
+                "l0": l0,
             }
-            for row, (index, activation, score) in enumerate(
-                zip(top.index.tolist(), top.activation.tolist(), top.score.tolist(), strict=True)
+            for row, (index, activation, score, l0) in enumerate(
+                zip(*(column.tolist() for column in top), strict=True)
             )
         ]
         self.full = [i for i, e in enumerate(self.events) if len(e["top_features"]) == k]
@@ -239,6 +282,13 @@ def test_wrong_features_do_not_fit(setting: Setting, spoil: Any) -> None:
     assert setting.wrong() == [row]
 
 
+@pytest.mark.parametrize("off", [-1, 1, 999_999])
+def test_another_l0_does_not_fit(setting: Setting, off: int) -> None:
+    row = setting.full[0]
+    setting.events[row]["l0"] += off
+    assert setting.wrong() == [row]
+
+
 def test_near_ties_may_trade_places_at_the_end(setting: Setting) -> None:
     row = setting.full[0]
     sae, residual = setting.sae, setting.residuals[row]
@@ -254,6 +304,7 @@ def test_near_ties_may_trade_places_at_the_end(setting: Setting) -> None:
     gap = sae.b_enc[last["index"]] + last["activation"] * 5e-4
     sae.b_enc[twin] = gap
     assert float(sae.encode(residual[None])[0, twin]) > last["activation"]
+    setting.events[row]["l0"] += 1
     setting.events = [setting.events[row]]
     setting.residuals = setting.residuals[[row]]
     assert setting.wrong() == []
@@ -266,8 +317,8 @@ def test_sinks_are_flagged_and_have_no_features(setting: Setting) -> None:
     assert setting.wrong() == [7]
     setting.events[7] = setting.events[8] | {"sink": True}
     assert setting.wrong() == [7]
-    setting.events[7] = {"top_features": [], "sink": True}
-    setting.events[8] = {"top_features": [], "sink": True}
+    setting.events[7] = {"top_features": [], "sink": True, "l0": 0}
+    setting.events[8] = {"top_features": [], "sink": True, "l0": 0}
     assert setting.wrong() == [8]
 
 

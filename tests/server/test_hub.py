@@ -223,6 +223,18 @@ def test_a_resync_tells_what_ended_meanwhile_once():
     assert (told[-1][1]["cached_tokens"], told[-1][1]["dropped"]) == (1, 2)
 
 
+def test_a_hub_that_stood_still_does_not_give_up_who_spoke_meanwhile():
+    hub = Hub(Settings(), "m")
+    now = time.monotonic()
+    hub.handle(wire.Hello("s", "scheduler", "e", 0, "m"), now=now)
+    hub.handle(_started("a", [1]), now=now)
+    hub.tick(now=now + 63)
+    assert hub.counters["requests_failed"] == 0
+    for second in range(63, 63 + 65):
+        hub.tick(now=now + second)
+    assert hub.counters["requests_failed"] == 1
+
+
 def test_a_resync_opens_what_runs_and_ends_what_does_not():
     hub = Hub(Settings(), "m")
     hub.handle(_started("gone", [1]))

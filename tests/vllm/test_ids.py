@@ -1,8 +1,9 @@
 """Ids as vLLM makes them."""
 
 import pytest
+from vllm import SamplingParams
 
-from neuroscope_vllm.engine.vllm.ids import Identity, identify
+from neuroscope_vllm.engine.vllm.ids import CHOICES, Identity, identify
 
 
 @pytest.mark.parametrize(
@@ -38,5 +39,11 @@ from neuroscope_vllm.engine.vllm.ids import Identity, identify
     ],
 )
 def test_identity(internal: str, external: str | None, n: int, expected: Identity) -> None:
-    extra_args = {"neuroscope_n": n} if n > 1 else None
-    assert identify(internal, external, extra_args) == expected
+    params = SamplingParams(max_tokens=1 if expected.beam else 5, detokenize=not expected.beam)
+    params.extra_args = {CHOICES: n} if n > 1 else None
+    assert identify(internal, external, params) == expected
+
+
+def test_a_chat_with_the_id_of_a_beam_is_a_chat() -> None:
+    name = "chatcmpl-a-0123456789abcdef-beam-2"
+    assert identify(f"{name}-0123abcd", name, SamplingParams()) == Identity(name, 0, False)

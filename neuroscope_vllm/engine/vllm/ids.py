@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 CHOICES = "neuroscope_n"
@@ -24,10 +23,8 @@ class Identity(NamedTuple):
     beam: bool
 
 
-def identify(
-    internal_id: str, external_id: str | None, extra_args: Mapping[str, Any] | None
-) -> Identity:
-    """Who an engine's request is.
+def identify(internal_id: str, external_id: str | None, params: Any) -> Identity:
+    """Who an engine's request is; `params` are its SamplingParams.
 
     vLLM puts `<i>_` in front of the id of choice i under n > 1, and random hex behind all; a
     /v1/completions call has a request `cmpl-…-<i>` for each of its prompts, whose choices are
@@ -38,10 +35,12 @@ def identify(
     child = _CHILD.match(internal_id)
     is_child = child is not None and internal_id[child.end() :].startswith(external)
     choice = int(child.group(1)) if child is not None and is_child else 0
-    if beam := _BEAM.match(external):
+    # A client may choose an id like that too, but not also what beam search asks of the engine.
+    beam = _BEAM.match(external)
+    if beam and params.max_tokens == 1 and not params.detokenize:
         return Identity(beam[1], int(beam[2]), beam=True)
     if prompt := _PROMPT.match(external):
-        n = (extra_args or {}).get(CHOICES, 1)
+        n = (params.extra_args or {}).get(CHOICES, 1)
         return Identity(prompt[1], int(prompt[2]) * n + choice, beam=False)
     if turn := _TURN.match(external):
         return Identity(turn[1], int(turn[2]), beam=False)

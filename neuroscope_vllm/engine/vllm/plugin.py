@@ -124,7 +124,8 @@ def _sampling_params(original: Any, params: Any) -> None:
     from neuroscope_vllm.engine.vllm.admission import admit
 
     original(params)
-    admit(params)
+    if not _engine_process.is_set():
+        admit(params)
 
 
 def _engine_core_init(original: Any, engine_core: Any, *args: Any, **kwargs: Any) -> None:
@@ -143,6 +144,7 @@ def _run_busy_loop(original: Any, engine_core: Any) -> Any:
     """Ray's engine actors begin elsewhere than `run_engine_core`: test them here, a little late."""
     from neuroscope_vllm.engine.vllm import self_test
 
+    _engine_process.set()
     self_test.run(engine_core)
     return original(engine_core)
 

@@ -7,13 +7,15 @@ stops, rejected drafts, preemption and asynchronous overrun; workers do not.
 from __future__ import annotations
 
 import atexit
+import functools
 import hashlib
+import logging
 import os
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 import msgspec
 import numpy as np
@@ -22,17 +24,43 @@ from vllm.config import VllmConfig
 from neuroscope_vllm.core import wire
 from neuroscope_vllm.core.sender import Sender
 from neuroscope_vllm.engine.vllm.ids import identify
-from neuroscope_vllm.engine.vllm.settings import engine_name, engine_rank, worker_settings
+from neuroscope_vllm.engine.vllm.settings import (
+    WorkerSettings,
+    engine_name,
+    engine_rank,
+    worker_settings,
+)
+
+R = TypeVar("R")
 
 ENDED_KEPT_S = 30.0
+ENDED_KEPT = 1024
 ENDED_KEPT_TOKENS = 1_000_000
-"""How long and how much of requests that ended is kept for a hub that was away just then."""
+"""How long, and how many requests and tokens that ended are kept for a hub that was away then."""
+
+
+logger = logging.getLogger(__name__)
+
+
+def _guarded(report: Callable[..., R]) -> Callable[..., R | None]:
+    """vLLM goes on whatever happens in `report`: what is not told is missing from the stream."""
+
+    @functools.wraps(report)
+    def guarded(*args: Any) -> R | None:
+        try:
+            return report(*args)
+        except Exception:
+            logger.exception("neuroscope: the engine's requests could not be told")
+            return None
+
+    return guarded
 
 
 class SchedulerTap:
     """Publishes RequestStarted, RequestScheduled and TokensSampled for one engine core."""
 
-    def __init__(self, scheduler: Any, vllm_config: VllmConfig, endpoint: str, model: str) -> None:
+    def __init__(self, scheduler: Any, vllm_config: VllmConfig, settings: WorkerSettings) -> None:
+        self._layers = settings.layers
         self._engine, self._dp_rank = engine_name(vllm_config), engine_rank(vllm_config)
         self._live: dict[str, wire.Live] = {}
         self._ended: deque[tuple[float, wire.Live]] = deque()
@@ -41,9 +69,9 @@ class SchedulerTap:
         self._lock = threading.Lock()
         sender = f"scheduler-{self._engine}-{os.getpid()}"
         self._sender = Sender(
-            endpoint,
+            settings.endpoint,
             lambda counters: wire.Hello(
-                sender, "scheduler", self._engine, self._dp_rank, model, counters=counters
+                sender, "scheduler", self._engine, self._dp_rank, settings.model, counters=counters
             ),
             self._resync,
         )
@@ -51,12 +79,13 @@ class SchedulerTap:
         atexit.register(self._sender.close)
         self._wrap(scheduler)
 
+    @_guarded
     def started(self, request: Any) -> None:
         """`request`: vLLM's EngineCoreRequest, before the scheduler sees it."""
         params = request.sampling_params
         if params is None or request.prompt_token_ids is None or request.resumable:
             return  # pooling, embeddings in place of tokens, a prompt that grows: not observed
-        who = identify(request.request_id, request.external_req_id, params.extra_args)
+        who = identify(request.request_id, request.external_req_id, params)
         started = wire.RequestStarted(
             internal_id=request.request_id,
             request_id=who.request_id,
@@ -65,6 +94,7 @@ class SchedulerTap:
             dp_rank=self._dp_rank,
             prompt_token_ids=np.asarray(request.prompt_token_ids, "<i4").tobytes(),
             created=request.arrival_time,
+            layers=self._layers,
             stop=[params.stop] if isinstance(params.stop, str) else list(params.stop or []),
             skip_special_tokens=params.skip_special_tokens,
             include_stop_str_in_output=params.include_stop_str_in_output,
@@ -85,8 +115,7 @@ class SchedulerTap:
 
         def schedule_and_report(*args: Any, **kwargs: Any) -> Any:
             output = schedule(*args, **kwargs)
-            for new in output.scheduled_new_reqs:
-                self._scheduled(new.req_id, new.num_computed_tokens)
+            self._scheduled(output.scheduled_new_reqs)
             return output
 
         def update_and_report(*args: Any, **kwargs: Any) -> Any:
@@ -100,33 +129,40 @@ class SchedulerTap:
             else:
                 ended = [request_ids] if isinstance(request_ids, str) else list(request_ids)
                 request_ids = ended
-            reason = finished_status.name.removeprefix("FINISHED_").lower()
-            sampled = [
-                wire.Sampled(
-                    internal_id,
-                    [],
-                    finish_reason=_REASONS.get(reason, reason),
-                    computed_tokens=self._computed(scheduler, internal_id),
-                )
-                for internal_id in ended
-                if internal_id in self._live
-            ]
+            sampled = self._ending(ended, finished_status, scheduler)
             result = finish_requests(request_ids, finished_status, *args)
-            self._report(sampled)
+            self._report(sampled or [])
             return result
 
         scheduler.schedule = schedule_and_report
         scheduler.update_from_output = update_and_report
         scheduler.finish_requests = finish_and_report
 
-    def _scheduled(self, internal_id: str, cached_tokens: int) -> None:
-        """Its first forward pass comes. The V2 runner gets a resumed request as a new one: what
+    @_guarded
+    def _scheduled(self, scheduled: Iterable[Any]) -> None:
+        """Their first forward pass comes. The V2 runner gets a resumed request as a new one: what
         that one finds in the cache says nothing about what ran the first time."""
-        with self._lock:
-            live = self._live.get(internal_id)
-            if live is not None and live.cached_tokens is None:
-                live.cached_tokens = cached_tokens
-                self._sender.put(wire.RequestScheduled(internal_id, cached_tokens))
+        for new in scheduled:
+            with self._lock:
+                live = self._live.get(new.req_id)
+                if live is not None and live.cached_tokens is None:
+                    live.cached_tokens = new.num_computed_tokens
+                    self._sender.put(wire.RequestScheduled(new.req_id, new.num_computed_tokens))
+
+    @_guarded
+    def _ending(self, internal_ids: list[str], status: Any, scheduler: Any) -> list[wire.Sampled]:
+        """What there is to say of requests that are about to be ended from outside."""
+        reason = status.name.removeprefix("FINISHED_").lower()
+        return [
+            wire.Sampled(
+                internal_id,
+                [],
+                finish_reason=_REASONS.get(reason, reason),
+                computed_tokens=self._computed(scheduler, internal_id),
+            )
+            for internal_id in internal_ids
+            if internal_id in self._live
+        ]
 
     def _computed(self, scheduler: Any, internal_id: str) -> int:
         """Positions that have run or are running; a preempted request has forgotten its own."""
@@ -135,6 +171,7 @@ class SchedulerTap:
         ran = _prompt_tokens(live) + generated - 1 if generated else 0
         return max(ran, request.num_computed_tokens if request is not None else 0)
 
+    @_guarded
     def _accepted(self, outputs: Iterable[Any]) -> None:
         live = self._live
         self._report(
@@ -150,6 +187,7 @@ class SchedulerTap:
             ]
         )
 
+    @_guarded
     def _report(self, sampled: list[wire.Sampled]) -> None:
         if not sampled:
             return
@@ -169,12 +207,20 @@ class SchedulerTap:
         now = time.monotonic()
         self._ended.append((now, live))
         self._ended_tokens += _tokens(live)
-        while self._ended_tokens > ENDED_KEPT_TOKENS or now - self._ended[0][0] > ENDED_KEPT_S:
+        self._forget_ended(now)
+
+    def _forget_ended(self, now: float) -> None:
+        while self._ended and (
+            now - self._ended[0][0] > ENDED_KEPT_S
+            or self._ended_tokens > ENDED_KEPT_TOKENS
+            or len(self._ended) > ENDED_KEPT
+        ):
             self._ended_tokens -= _tokens(self._ended.popleft()[1])
 
     def _resync(self) -> None:
         """Everything that runs or lately ended, in order with what was put before and after."""
         with self._lock:
+            self._forget_ended(time.monotonic())
             ended = [one for _, one in self._ended]
             live = [
                 msgspec.structs.replace(one, token_ids=list(one.token_ids))
@@ -210,6 +256,4 @@ def attach(scheduler: Any, vllm_config: VllmConfig) -> None:
     """Give a freshly built scheduler its tap, if neuroscope is configured."""
     settings = worker_settings(vllm_config)
     if settings is not None:
-        scheduler.neuroscope_tap = SchedulerTap(
-            scheduler, vllm_config, settings.endpoint, settings.model
-        )
+        scheduler.neuroscope_tap = SchedulerTap(scheduler, vllm_config, settings)

@@ -1,0 +1,138 @@
+"""The tap between vLLM's scheduler and us: what it keeps, and that it harms nobody."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from vllm import SamplingParams
+from vllm.v1.engine import FinishReason
+
+from neuroscope_vllm.core import wire
+from neuroscope_vllm.core.config import Settings
+from neuroscope_vllm.core.sae.info import SAEInfo
+from neuroscope_vllm.engine.vllm import scheduler as tap_module
+from neuroscope_vllm.engine.vllm.admission import admit
+from neuroscope_vllm.engine.vllm.scheduler import SchedulerTap
+from neuroscope_vllm.engine.vllm.settings import SiteSettings, WorkerSettings
+
+CONFIG = SimpleNamespace(instance_id="i", parallel_config=SimpleNamespace(data_parallel_index=0))
+
+
+class Scheduler:
+    """What the tap wraps of vLLM's, with nothing behind it."""
+
+    def __init__(self) -> None:
+        self.requests: dict[str, Any] = {}
+
+    def schedule(self, new: list[Any]) -> Any:
+        return SimpleNamespace(scheduled_new_reqs=new)
+
+    def update_from_output(self, outputs: list[Any]) -> Any:
+        return {0: SimpleNamespace(outputs=outputs)}
+
+    def finish_requests(self, request_ids: Any, status: Any) -> str:
+        return "finished"
+
+
+@pytest.fixture
+def scheduler() -> Scheduler:
+    return Scheduler()
+
+
+@pytest.fixture
+def tap(scheduler: Scheduler, tmp_path: Path) -> SchedulerTap:
+    info = SAEInfo(source="s", format="f", architecture="jumprelu", d_model=1, width=8)
+    settings = WorkerSettings(
+        [SiteSettings(20, "s", info, None)], f"ipc://{tmp_path}/none.sock", "m", Settings()
+    )
+    return SchedulerTap(scheduler, CONFIG, settings)  # type: ignore[arg-type]
+
+
+def request(name: str, tokens: int = 3, **params: Any) -> Any:
+    return SimpleNamespace(
+        request_id=f"{name}-01234567",
+        external_req_id=name,
+        prompt_token_ids=range(tokens),
+        sampling_params=SamplingParams(**params),
+        arrival_time=0.0,
+        lora_request=None,
+        cache_salt=None,
+        mm_features=None,
+        resumable=False,
+    )
+
+
+def end(scheduler: Scheduler, name: str) -> None:
+    output = SimpleNamespace(
+        request_id=f"{name}-01234567",
+        new_token_ids=[1],
+        finish_reason=FinishReason.LENGTH,
+        stop_reason=None,
+    )
+    scheduler.update_from_output([output])
+
+
+def resync(tap: SchedulerTap) -> list[str]:
+    """Ids of what the tap would tell a hub that was away."""
+    sent: list[wire.Message] = []
+    tap._sender.put = sent.append  # type: ignore[assignment, method-assign]
+    tap._resync()
+    (message,) = sent
+    wire.encode(message)
+    assert isinstance(message, wire.Resync)
+    return [one.started.request_id for one in message.live]
+
+
+def test_ended_requests_are_kept_for_a_while(
+    scheduler: Scheduler, tap: SchedulerTap, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tap.started(request("old"))
+    end(scheduler, "old")
+    tap.started(request("running"))
+    assert resync(tap) == ["old", "running"]
+    monkeypatch.setattr(tap_module, "ENDED_KEPT_S", -1.0)
+    assert resync(tap) == ["running"]
+
+
+@pytest.mark.parametrize(("bound", "value"), [("ENDED_KEPT", 2), ("ENDED_KEPT_TOKENS", 8)])
+def test_what_is_kept_is_bounded(
+    scheduler: Scheduler,
+    tap: SchedulerTap,
+    monkeypatch: pytest.MonkeyPatch,
+    bound: str,
+    value: int,
+) -> None:
+    monkeypatch.setattr(tap_module, bound, value)
+    for name in "abcde":
+        tap.started(request(name))
+        end(scheduler, name)
+    assert resync(tap) == ["d", "e"]
+
+
+def test_a_request_larger_than_all_that_is_kept_ends(
+    scheduler: Scheduler, tap: SchedulerTap, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tap_module, "ENDED_KEPT_TOKENS", 2)
+    tap.started(request("large", tokens=9))
+    end(scheduler, "large")
+    assert resync(tap) == []
+
+
+def test_what_can_not_be_told_harms_no_step(scheduler: Scheduler, tap: SchedulerTap) -> None:
+    tap.started(SimpleNamespace(sampling_params=None, nothing="else"))
+    strange = SimpleNamespace(request_id="a-01234567")
+    tap.started(request("a"))
+    assert scheduler.update_from_output([strange])[0].outputs == [strange]
+    assert scheduler.schedule([strange]).scheduled_new_reqs == [strange]
+    assert scheduler.finish_requests("a-01234567", "no status") == "finished"
+
+
+@pytest.mark.parametrize("value", [3, 1.5, "boom", ["a"], 2**62])
+def test_what_we_note_in_extra_args_is_not_taken_from_clients(value: Any) -> None:
+    params = SamplingParams()
+    params.extra_args = {"neuroscope_n": value}
+    with pytest.raises(ValueError, match=r"vllm_xargs.neuroscope_n is reserved"):
+        admit(params)
