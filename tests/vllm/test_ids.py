@@ -40,8 +40,15 @@ from neuroscope_vllm.engine.vllm.ids import CHOICES, Identity, identify
 )
 def test_identity(internal: str, external: str | None, n: int, expected: Identity) -> None:
     params = SamplingParams(max_tokens=1 if expected.beam else 5, detokenize=not expected.beam)
-    params.extra_args = {CHOICES: n} if n > 1 else None
+    params.extra_args = {CHOICES: {"n": n}} if n > 1 else None
     assert identify(internal, external, params) == expected
+
+
+@pytest.mark.parametrize("noted", [3, {"n": 1.5}, {"n": "a"}, {"n": -1}, {"n": 2**62}, {}, []])
+def test_only_what_admission_noted_counts(noted: object) -> None:
+    params = SamplingParams()
+    params.extra_args = {CHOICES: noted}
+    assert identify("cmpl-a-2-0123abcd", "cmpl-a-2", params) == Identity("cmpl-a", 2, False)
 
 
 def test_a_chat_with_the_id_of_a_beam_is_a_chat() -> None:

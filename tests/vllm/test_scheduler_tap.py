@@ -136,3 +136,13 @@ def test_what_we_note_in_extra_args_is_not_taken_from_clients(value: Any) -> Non
     params.extra_args = {"neuroscope_n": value}
     with pytest.raises(ValueError, match=r"vllm_xargs.neuroscope_n is reserved"):
         admit(params)
+
+
+def test_copies_of_admitted_params_are_admitted() -> None:
+    params = SamplingParams(n=3)
+    for _ in range(2):
+        admit(params)
+    assert params.extra_args == {"neuroscope_n": {"n": 3}}
+    params.n = 1  # as vLLM makes the params of each choice
+    admit(params)
+    assert params.extra_args == {"neuroscope_n": {"n": 3}}

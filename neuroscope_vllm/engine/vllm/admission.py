@@ -15,13 +15,12 @@ from neuroscope_vllm.engine.vllm.ids import CHOICES
 def admit(params: Any) -> None:
     """Check and apply the request's options. Raises ValueError on bad ones.
 
-    For processes that take requests from clients; in an engine core they come admitted.
+    For processes that take requests from clients. A copy of admitted params may come again.
     """
     options = request_options(params.extra_args)
-    # A copy of admitted params comes here again.
-    if (params.extra_args or {}).get(CHOICES, params.n) != params.n:
+    if not isinstance((params.extra_args or {}).get(CHOICES, {}), dict):
         raise ValueError(f"vllm_xargs.{CHOICES} is reserved; leave it out.")
     if options.prompt_features == "all":
         params.skip_reading_prefix_cache = True
-    if params.n > 1 or CHOICES in (params.extra_args or {}):
-        params.extra_args = {**(params.extra_args or {}), CHOICES: params.n}
+    if params.n > 1:
+        params.extra_args = {**(params.extra_args or {}), CHOICES: {"n": params.n}}

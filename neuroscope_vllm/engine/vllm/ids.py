@@ -6,7 +6,9 @@ import re
 from typing import Any, NamedTuple
 
 CHOICES = "neuroscope_n"
-"""Where `admission` leaves a request's `n`; its children no longer know it."""
+"""Where `admission` leaves `{"n": n}`, for a request's children, which no longer know it. Clients
+can send no objects in `vllm_xargs`."""
+MAX_CHOICES = 1 << 16
 
 _CHILD = re.compile(r"^(\d+)_")
 _SUFFIX = re.compile(r"-[0-9a-f]{8}$")
@@ -40,8 +42,13 @@ def identify(internal_id: str, external_id: str | None, params: Any) -> Identity
     if beam and params.max_tokens == 1 and not params.detokenize:
         return Identity(beam[1], int(beam[2]), beam=True)
     if prompt := _PROMPT.match(external):
-        n = (params.extra_args or {}).get(CHOICES, 1)
-        return Identity(prompt[1], int(prompt[2]) * n + choice, beam=False)
+        return Identity(prompt[1], int(prompt[2]) * _choices(params) + choice, beam=False)
     if turn := _TURN.match(external):
         return Identity(turn[1], int(turn[2]), beam=False)
     return Identity(external, choice, beam=False)
+
+
+def _choices(params: Any) -> int:
+    noted = (params.extra_args or {}).get(CHOICES)
+    n = noted.get("n") if isinstance(noted, dict) else None
+    return n if type(n) is int and 0 < n < MAX_CHOICES else 1

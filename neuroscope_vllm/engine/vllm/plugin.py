@@ -60,6 +60,7 @@ def wrap_engine() -> None:
 
 
 _originals: dict[str, Callable[..., None]] = {}
+_fronts: set[int] = set()  # processes that take requests; forks of them do not
 _engine_process = threading.Event()  # set in a process that is an engine core and nothing else
 
 
@@ -91,6 +92,7 @@ def wrap(owner: type, name: str, wrapper: Callable[..., Any]) -> None:
 def _create_engine_config(original: Any, engine_args: Any, *args: Any, **kwargs: Any) -> Any:
     from neuroscope_vllm.engine.vllm import front
 
+    _fronts.add(os.getpid())
     return front.create_engine_config(original, engine_args, *args, **kwargs)
 
 
@@ -124,7 +126,8 @@ def _sampling_params(original: Any, params: Any) -> None:
     from neuroscope_vllm.engine.vllm.admission import admit
 
     original(params)
-    if not _engine_process.is_set():
+    # Engine cores and workers make SamplingParams too, when they unpack what was admitted.
+    if os.getpid() in _fronts:
         admit(params)
 
 
@@ -144,7 +147,6 @@ def _run_busy_loop(original: Any, engine_core: Any) -> Any:
     """Ray's engine actors begin elsewhere than `run_engine_core`: test them here, a little late."""
     from neuroscope_vllm.engine.vllm import self_test
 
-    _engine_process.set()
     self_test.run(engine_core)
     return original(engine_core)
 
