@@ -41,4 +41,8 @@ else
   pip uninstall -q -y torchvision torchaudio torchcodec 2>/dev/null || true
   "$venv/bin/python" -m neuroscope_vllm.engine.vllm.compat >&2
 fi
+case ",$extras," in *,dev,*)
+  # Outside encoders to agree with. Their dependencies are trainers, and GPU builds of torch.
+  pip install -q --no-deps eai-sparsify==1.3.3 dictionary-learning==0.1.0 ;;
+esac
 touch "$stamp"

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
+from typing import Any
 
+import msgspec
 import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from neuroscope_vllm.core.calibration import Calibration
-from neuroscope_vllm.core.errors import ConfigError
+from neuroscope_vllm.core.errors import ConfigError, SAEError
 from neuroscope_vllm.core.ranking import RANKINGS, Ranker, make_ranker
 from neuroscope_vllm.core.sae import encoder as module
+from neuroscope_vllm.core.sae import load_sae
 from neuroscope_vllm.core.sae.encoder import TopK, TopKEncoder, top_of_blocks
 from neuroscope_vllm.core.sae.sae import SAE
+from tests.support.saes import randomise, rows
 
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # SAELens' own imports
 ROWS = 1500
 
 
@@ -250,6 +257,41 @@ def test_top_of_blocks_is_topk(width: int, m: int) -> None:
     assert all(len(set(row)) == m for row in index.tolist())
     ties = torch.full((3, width), float("-inf"))
     assert all(len(set(row)) == m for row in top_of_blocks(ties, m)[1].tolist())
+
+
+def test_a_gated_sae_runs_as_the_jumprelu_it_is(tmp_path: Path) -> None:
+    from sae_lens import GatedSAE, GatedSAEConfig
+
+    theirs = GatedSAE(GatedSAEConfig(d_in=32, d_sae=256))
+    randomise(theirs)
+    theirs.save_model(tmp_path)
+    x = rows(d_model=32)
+    with torch.no_grad():
+        best = theirs.encode(x).topk(8)
+    for dtype, agree in ((torch.float32, 0.9995), (torch.bfloat16, 0.98)):
+        ranker = make_ranker("activation", width=256)
+        out = TopKEncoder(load_sae(tmp_path), ranker, select_dtype=dtype).encode(x)
+        same = (out.index[:, :, None] == best.indices[:, None, :]).any(dim=2)
+        assert same.float().mean() > agree
+        torch.testing.assert_close(out.activation[:, 0], best.values[:, 0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"k": 4}, "keeps the 4 largest features of each token"),
+        ({"input_norm": "layer_norm"}, "normalises each token by itself"),
+        ({"hook_point": "blocks.2.hook_mlp_out"}, "reads blocks.2.hook_mlp_out, but a server"),
+        ({"output_point": "mlp"}, "is a transcoder"),
+    ],
+)
+def test_what_is_no_threshold_over_residuals_is_refused(
+    make_sae: Callable[..., SAE], changes: dict[str, Any], says: str
+) -> None:
+    sae = make_sae(8, 16)
+    sae = replace(sae, info=msgspec.structs.replace(sae.info, **changes))
+    with pytest.raises(SAEError, match=says):
+        TopKEncoder(sae, make_ranker("activation", width=16))
 
 
 def test_bad_settings_are_refused(make_sae) -> None:

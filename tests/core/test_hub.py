@@ -45,7 +45,8 @@ class Hub:
             return 404, {}, b""  # what else the client likes to know
         owner, name, _, revision, *parts = path.strip("/").split("/")
         if (error := self.refusal(f"{owner}/{name}", revision, "/".join(parts))) is not None:
-            return error[0], {"X-Error-Code": error[1], "X-Error-Message": error[1]}, b""
+            commit = {"X-Repo-Commit": SHA} if error[1] == "EntryNotFound" else {}
+            return error[0], {"X-Error-Code": error[1], "X-Error-Message": error[1]} | commit, b""
         body = self.files["/".join(parts)]
         etag = hashlib.sha256(body).hexdigest()
         return 200, {"ETag": f'"{etag}"', "X-Repo-Commit": SHA}, body
@@ -184,12 +185,12 @@ def test_a_listing_that_fails_is_a_sentence(hub: Hub) -> None:
         (f"hf://{REPO}/../x", "leads out of its repository"),
         (f"hf://{REPO}/layer_20", "it holds a.txt, width_16k; give a folder with params.npz"),
         (f"hf://{REPO}/nowhere", "it holds nothing; give a folder with"),
-        (f"hf://{REPO}/old", r"is a pickle \(ae.pt\), and pickles can run code"),
+        (f"hf://{REPO}/old", r"is a pickle \(sae.pt\), and pickles can run code"),
         (f"hf://{REPO}/half", "has cfg.json but no sae_weights.safetensors"),
     ],
 )
 def test_an_address_without_an_sae_is_refused(hub: Hub, uri: str, says: str) -> None:
-    names = ("layer_20/a.txt", f"{FOLDER}/params.npz", "old/ae.pt", "half/cfg.json")
+    names = ("layer_20/a.txt", f"{FOLDER}/params.npz", "old/sae.pt", "half/cfg.json")
     hub.files = dict.fromkeys(names, b"{}")
     with pytest.raises(SAEError, match=says):
         load_sae(uri)

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from neuroscope_vllm.core.errors import SAEError
-from neuroscope_vllm.core.sae import load_sae, read_sae_info
+from neuroscope_vllm.core.sae import check_fits, load_sae, read_sae_info
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # SAELens' own imports
 
@@ -162,14 +162,10 @@ def test_half_precision_weights_are_widened(saelens_folder: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"architecture": "topk"}, "architecture 'topk'; choose one of standard or jumprelu"),
         ({"normalize_activations": "expected_average_only_in"}, "lack the scaling factor; fold"),
         ({"normalize_activations": True}, "lack the scaling factor; fold it in with SAELens'"),
-        ({"normalize_activations": "layer_norm"}, "normalize_activations='layer_norm', which is"),
         ({"reshape_activations": "hook_z"}, "reshape_activations='hook_z', which is not served"),
         ({"activation_fn_str": "topk"}, "activation_fn='topk', which is not served"),
-        ({"metadata": {"hook_name": "blocks.20.hook_mlp_out"}}, "reads 'blocks.20.hook_mlp_out'"),
-        ({"metadata": {"hook_name": "blocks.0.hook_resid_pre"}}, "reads 'blocks.0.hook_resid_pre'"),
     ],
 )
 def test_what_the_configuration_asks_beyond_us_is_refused_by_name(
@@ -260,19 +256,27 @@ def test_gemma_scope_info_comes_from_its_path(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("path", "model"),
+    ("path", "model", "shown"),
     [
-        ("gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_139", "gemma-2-2b"),
-        ("gemma-scope-2b-pt-res/layer_20/width_65k/average_l0_114", "gemma-2-2b"),
-        ("gemma-scope-9b-it-res/layer_20/width_16k/average_l0_91", "gemma-2-9b-it"),
-        ("layer_20/width_16k/average_l0_71", None),
+        ("gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_139", "gemma-2-2b", None),
+        (
+            "gemma-scope-2b-pt-res/layer_20/width_65k/average_l0_114",
+            "gemma-2-2b",
+            "gemma-2-2b/20-gemmascope-res-65k",
+        ),
+        (
+            "gemma-scope-9b-it-res/layer_20/width_16k/average_l0_91",
+            "gemma-2-9b-it",
+            "gemma-2-9b-it/20-gemmascope-res-16k",
+        ),
+        ("layer_20/width_16k/average_l0_71", None, None),
     ],
 )
 def test_only_what_neuronpedia_shows_has_its_id(
-    tmp_path: Path, path: str, model: str | None
+    tmp_path: Path, path: str, model: str | None, shown: str | None
 ) -> None:
     info = read_sae_info(write_gemma(tmp_path / path))
-    assert (info.model_name, info.neuronpedia_id, info.layer) == (model, None, 20)
+    assert (info.model_name, info.neuronpedia_id, info.layer) == (model, shown, 20)
 
 
 def test_a_renamed_npz_and_lower_case_names_are_read(tmp_path: Path) -> None:
@@ -324,16 +328,77 @@ def test_arrays_that_are_not_an_sae_are_refused(
 
 
 @pytest.mark.parametrize(
+    ("suite", "reads", "predicts"),
+    [
+        ("mlp", "blocks.20.hook_mlp_out", None),
+        ("att", "blocks.20.attn.hook_z", None),
+        ("transcoders", "blocks.20.ln2.hook_normalized", "blocks.20.hook_mlp_out"),
+    ],
+)
+def test_gemma_scopes_other_suites_are_for_the_library_alone(
+    tmp_path: Path, suite: str, reads: str, predicts: str | None
+) -> None:
+    folder = tmp_path / f"gemma-scope-2b-pt-{suite}/layer_20/width_16k/average_l0_71"
+    sae = load_sae(write_gemma(folder))
+    assert (sae.info.layer, sae.info.hook_point) == (20, reads)
+    assert (sae.info.output_point, sae.info.neuronpedia_id) == (predicts, None)
+    assert sae.encode(torch.ones(3, D_MODEL)).shape == (3, WIDTH)
+    with pytest.raises(SAEError, match=f"reads {reads}, but a server hooks only the residual"):
+        check_fits(sae.info, d_model=D_MODEL, num_layers=26, layer=20)
+    if predicts is not None:
+        with pytest.raises(SAEError, match=f"predicts {predicts} from {reads}; compare"):
+            sae.fvu(torch.ones(3, D_MODEL))
+
+
+@pytest.mark.parametrize(
     ("path", "says"),
     [
-        ("gemma-scope-2b-pt-mlp/layer_20", "reads mlp activations, not the residual stream"),
-        ("gemma-scope-2b-pt-transcoders/layer_20", "reads transcoders activations"),
+        ("gemma-scope-2b-pt-emb/layer_20", "of the suite 'emb', which is not known; choose one of"),
         ("gemma-scope-2b-pt-res/embedding/width_4k", "reads embeddings, not the residual stream"),
     ],
 )
-def test_gemma_scope_saes_of_other_places_are_refused(tmp_path: Path, path: str, says: str) -> None:
+def test_gemma_scope_saes_of_no_layer_are_refused(tmp_path: Path, path: str, says: str) -> None:
     with pytest.raises(SAEError, match=says):
         read_sae_info(write_gemma(tmp_path / path))
+
+
+def test_the_training_scalar_folds_as_appendix_a_says(tmp_path: Path) -> None:
+    """arXiv 2408.05147: an SAE trained on x / C, with b_dec subtracted, takes x after folding."""
+    draw, scale = np.random.default_rng(0), 37.5
+    w_enc, w_dec = draw.normal(size=(D_MODEL, WIDTH)), draw.normal(size=(WIDTH, D_MODEL))
+    w_dec /= np.linalg.norm(w_dec, axis=1, keepdims=True)
+    b_enc, b_dec = draw.normal(size=WIDTH), draw.normal(size=D_MODEL)
+    threshold, x = draw.uniform(0.5, 2, size=WIDTH), draw.normal(size=(300, D_MODEL)) * scale
+
+    pre = (x / scale - b_dec) @ w_enc + b_enc  # as it was trained, in fp64
+    trained = np.where(pre > threshold, pre, 0)
+    folded = {
+        "W_enc": w_enc,
+        "W_dec": w_dec,
+        "b_enc": scale * b_enc - scale * b_dec @ w_enc,
+        "b_dec": scale * b_dec,
+        "threshold": scale * threshold,
+    }
+    sae = load_sae(write_gemma(tmp_path, **folded))
+    rows = torch.from_numpy(x)
+    f = sae.encode(rows)
+    assert torch.equal(f > 0, torch.from_numpy(trained > 0))
+    want = torch.from_numpy(scale * trained).float()
+    torch.testing.assert_close(f, want, rtol=1e-5, atol=1e-3)
+    rebuilt = torch.from_numpy(scale * (trained @ w_dec + b_dec)).float()
+    torch.testing.assert_close(sae.decode(f), rebuilt, rtol=1e-5, atol=1e-3)
+    # Dividing the rows by their RMS instead, against biases that do not move, is another function.
+    rms = rows / rows.square().mean(dim=1, keepdim=True).sqrt()
+    assert not torch.equal(sae.encode(rms) > 0, f > 0)
+
+
+def test_an_archive_member_that_leads_out_is_refused_and_not_written(tmp_path: Path) -> None:
+    folder = write_gemma(tmp_path / "sae")
+    with zipfile.ZipFile(folder / "params.npz", "a") as archive:
+        archive.writestr("../../out.npy", (folder / "params.npz").read_bytes())
+    with pytest.raises(SAEError):
+        load_sae(folder)
+    assert not list(tmp_path.rglob("out*"))
 
 
 def truncate(path: Path) -> None:

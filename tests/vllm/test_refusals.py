@@ -43,6 +43,23 @@ def test_sae_of_another_model_size(refuse: Any, tmp_path: Path) -> None:
     refuse({"sae": str(wide)}, "size 128 .* size 64")
 
 
+def test_gemma_scope_by_name(refuse: Any, tmp_path: Path) -> None:
+    """Nothing can be fetched here; that the right address is asked for shows in the refusal."""
+    model = models.write_tiny_model(tmp_path / "gemma-2-2b-it", "gemma2")
+    refuse({"sae": "gemma-scope"}, "no layer is given", model=model)
+    refuse({"sae": "gemma-scope", "layer": 20}, "gemma-scope has no SAE of .*llama")
+    refuse({"sae": "gemma-scope", "layer": 26}, "no SAE of width 16k on layer 26", model=model)
+    address = "google/gemma-scope-2b-pt-res.*layer_20/width_16k/average_l0_71"
+    refuse({"sae": "gemma-scope", "layer": 20}, address, model=model)
+
+
+def test_another_hook_point(refuse: Any, tmp_path: Path) -> None:
+    sae = models.write_saelens_sae(tmp_path / "mlp", d_model=64, width=256, layer=20)
+    config = sae / "cfg.json"
+    config.write_text(config.read_text().replace("hook_resid_post", "hook_mlp_out"))
+    refuse({"sae": str(sae)}, "hook_mlp_out")
+
+
 def test_layer_out_of_range(refuse: Any, tmp_path: Path) -> None:
     sae = models.write_saelens_sae(tmp_path / "sae", d_model=64, width=256, layer=30)
     refuse({"sae": str(sae)}, "layer 30 does not exist.*26 layers")

@@ -9,15 +9,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from neuroscope_vllm.core.sae.canonical import canonical_source
     from neuroscope_vllm.core.sae.info import SAEInfo, check_fits
     from neuroscope_vllm.core.sae.load import load_sae, read_sae_info
     from neuroscope_vllm.core.sae.sae import SAE
 
-__all__ = ["SAE", "SAEInfo", "check_fits", "load_sae", "read_sae_info"]
+__all__ = ["SAE", "SAEInfo", "canonical_source", "check_fits", "load_sae", "read_sae_info"]
 
 _HOME = {
     "SAE": "sae",
     "SAEInfo": "info",
+    "canonical_source": "canonical",
     "check_fits": "info",
     "load_sae": "load",
     "read_sae_info": "load",

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from neuroscope_vllm.core.errors import ConfigError
 from neuroscope_vllm.core.ranking import Ranker
+from neuroscope_vllm.core.sae.info import check_served
 from neuroscope_vllm.core.sae.sae import SAE
 
 POOL = 128
@@ -75,7 +76,9 @@ class TopKEncoder:
 
         Raises:
             ConfigError: k or candidates out of range, a ranker of another width, or another dtype.
+            SAEError: The SAE is more than a threshold over raw residuals.
         """
+        check_served(sae.info)
         width, d_model = sae.width, sae.d_model
         if not 1 <= k <= width:
             raise ConfigError(f"top-k {k} is out of range; the SAE has {width} features.")

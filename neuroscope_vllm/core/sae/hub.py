@@ -11,7 +11,13 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from huggingface_hub import HfApi, constants, hf_hub_download
+from huggingface_hub import (
+    _CACHED_NO_EXIST,
+    HfApi,
+    constants,
+    hf_hub_download,
+    try_to_load_from_cache,
+)
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -55,15 +61,21 @@ def fetch(source: str, revision: str | None) -> tuple[Located, Format] | None:
     """
     place = _parse(source, revision)
     not_cached: LocalEntryNotFoundError | None = None
+    incomplete: SAEError | None = None
     for format in FORMATS.values():
         try:
             first = _download(place, format.files[0])
         except LocalEntryNotFoundError as error:  # before EntryNotFoundError, its base
             not_cached = error
+            continue
         except EntryNotFoundError:
             continue
-        else:
+        try:
             return _fetch_rest(place, format, first), format
+        except SAEError as error:  # another format may have a file of this name too
+            incomplete = incomplete or error
+    if incomplete is not None:
+        raise incomplete
     if not_cached is not None:
         raise _not_fetched(place, not_cached) from not_cached
     return None
@@ -98,6 +110,15 @@ def _fetch_rest(place: _Place, format: Format, first: Path) -> Located:
                 f"SAE {place.source} has {format.files[0]} but no {name}; give the folder of a "
                 f"complete SAE."
             ) from error
+    for name in format.optional:
+        try:
+            paths[name] = _download(pinned, name)
+        except LocalEntryNotFoundError as error:
+            cached = try_to_load_from_cache(place.repo, str(place.folder / name), revision=sha)
+            if cached is not _CACHED_NO_EXIST:  # it may exist
+                raise _not_fetched(place, error) from error
+        except EntryNotFoundError:
+            continue
     return Located(place.source, paths, sha)
 
 
@@ -117,8 +138,10 @@ def _parse(source: str, revision: str | None) -> _Place:
     folder = PurePosixPath(path)
     if ".." in folder.parts:
         raise SAEError(f"SAE {source} leads out of its repository; leave '..' out.")
-    if any(folder.name in format.files for format in FORMATS.values()):
-        folder = folder.parent
+    for name in (PurePosixPath(n) for format in FORMATS.values() for n in format.all_files):
+        if name.name == folder.name and len(name.parts) <= len(folder.parts):
+            folder = folder.parents[len(name.parts) - 1]
+            break
     return _Place(source, repo, in_uri or revision, folder)
 
 

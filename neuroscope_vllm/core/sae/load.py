@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from neuroscope_vllm.core.errors import SAEError
 from neuroscope_vllm.core.sae.formats import FORMATS, Format, Located, load_tensors
@@ -40,7 +40,7 @@ def read_sae_info(path_or_uri: str | Path, *, revision: str | None = None) -> SA
 
 
 def _locate(source: str, revision: str | None) -> tuple[Located, Format]:
-    if Path(source).suffix.lower() in PICKLES:
+    if _is_refused_pickle(source):
         raise _pickle_error(source, Path(source).name)
     if is_hub_uri(source):
         fetched = fetch(source, revision)
@@ -62,20 +62,29 @@ def _locate_local(source: str, path: Path) -> tuple[Located, Format]:
     if path.suffix.lower() == ".npz" and path.is_file():  # may have been renamed
         return Located(source, {"params.npz": path}, None), FORMATS["gemma-scope"]
     if path.is_file():
-        if not any(path.name in format.files for format in FORMATS.values()):
+        known = [PurePosixPath(name) for format in FORMATS.values() for name in format.all_files]
+        match = next((name for name in known if name.name == path.name), None)
+        if match is None:
             raise _not_an_sae(source, [path.name])
-        path = path.parent
-    names = [child.name for child in path.iterdir()]
+        path = path.parents[len(match.parts) - 1]
     for format in FORMATS.values():
-        if set(format.files) <= set(names):
-            return Located(source, {name: path / name for name in format.files}, None), format
-    raise _not_an_sae(source, names)
+        if all((path / name).is_file() for name in format.files):
+            paths = {name: path / name for name in format.all_files if (path / name).is_file()}
+            return Located(source, paths, None), format
+    raise _not_an_sae(source, [child.name for child in path.iterdir()])
+
+
+def _is_refused_pickle(name: str) -> bool:
+    """Whether a file is a pickle, other than the one that a format reads as weights only."""
+    path = Path(name)
+    known = any(path.name in format.files for format in FORMATS.values())
+    return path.suffix.lower() in PICKLES and not known
 
 
 def _not_an_sae(source: str, names: list[str]) -> SAEError:
     """The error for a folder whose files no format has."""
     for name in names:
-        if Path(name).suffix.lower() in PICKLES:
+        if _is_refused_pickle(name):
             return _pickle_error(source, name)
     shown = sorted(names)[:MAX_NAMES_SHOWN] + ["…"] * (len(names) > MAX_NAMES_SHOWN)
     accepted = " or ".join(

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from vllm.config import VllmConfig
 
 from neuroscope_vllm.core import launch
@@ -20,7 +21,7 @@ from neuroscope_vllm.core.calibration import Calibration
 from neuroscope_vllm.core.config import RUNTIME_VARIABLE, Settings, asked_for, resolve
 from neuroscope_vllm.core.errors import ConfigError, NeuroscopeError
 from neuroscope_vllm.core.keys import check_reachable, hub_endpoint
-from neuroscope_vllm.core.sae import check_fits, load_sae, read_sae_info
+from neuroscope_vllm.core.sae import canonical, check_fits, load_sae, read_sae_info
 from neuroscope_vllm.core.sae.info import SAEInfo
 from neuroscope_vllm.engine.vllm import plugin
 from neuroscope_vllm.engine.vllm.refusals import check_served, warnings
@@ -52,6 +53,7 @@ def create_engine_config(original: Any, engine_args: Any, *args: Any, **kwargs: 
             listener = launch.listen(settings.features_host, settings.features_port)
         vllm_config = original(engine_args, *args, **kwargs)
         check_served(vllm_config)
+        settings = _named(settings, vllm_config.model_config.model)
         sites = _sites(settings, vllm_config)
         endpoint = _endpoint(hub, settings, vllm_config, listener, sites)
     except NeuroscopeError as error:
@@ -72,6 +74,24 @@ def create_engine_config(original: Any, engine_args: Any, *args: Any, **kwargs: 
     for sentence in warnings(vllm_config):
         logger.warning("neuroscope: %s", sentence)
     return vllm_config
+
+
+def _named(settings: Settings, model: str) -> Settings:
+    """With the canonical SAE's address in place of its suite's name."""
+    if canonical.SUITE not in settings.sae:
+        return settings
+    if not settings.layer:
+        raise ConfigError(
+            f"sae is {canonical.SUITE} and no layer is given; say which layer of the model to"
+            " observe, for example 20."
+        )
+    return msgspec.structs.replace(
+        settings,
+        sae=[
+            canonical.canonical_source(model, layer) if source == canonical.SUITE else source
+            for source, layer in zip(settings.sae, settings.layer, strict=True)
+        ],
+    )
 
 
 def _sites(settings: Settings, vllm_config: VllmConfig) -> list[SiteSettings]:

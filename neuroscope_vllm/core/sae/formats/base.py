@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,15 +21,22 @@ from neuroscope_vllm.core.errors import SAEError
 from neuroscope_vllm.core.sae.info import SAEInfo
 from neuroscope_vllm.core.sae.sae import SAE
 
-RELU_TENSORS = ("W_enc", "b_enc", "W_dec", "b_dec")
-JUMPRELU_TENSORS = (*RELU_TENSORS, "threshold")
+_KINDS = {"standard": "ReLU", "jumprelu": "JumpReLU", "topk": "TopK", "gated": "gated"}
+_TENSORS = {
+    "standard": ("W_enc", "b_enc", "W_dec", "b_dec"),
+    "jumprelu": ("W_enc", "b_enc", "W_dec", "b_dec", "threshold"),
+    "topk": ("W_enc", "b_enc", "W_dec", "b_dec"),
+    "gated": ("W_enc", "b_gate", "b_mag", "r_mag", "W_dec", "b_dec"),
+}
+Reader = Callable[[str], Tensor]
+"""Reads one tensor by its name in `_TENSORS`, in the shapes of `SAE`."""
 
 
 class Located(NamedTuple):
     """Files of one SAE, on this machine."""
 
     source: str  # as the user gave it
-    paths: Mapping[str, Path]  # by the names in Format.files
+    paths: Mapping[str, Path]  # by the names in Format.files, and Format.optional where there
     revision: str | None
 
 
@@ -45,7 +52,8 @@ class Description(NamedTuple):
     """What a converter learns from headers and configuration."""
 
     info: SAEInfo
-    subtract_b_dec: bool  # the publisher's encoder takes x - b_dec
+    subtract_b_dec: bool = False  # the publisher's encoder takes x - b_dec
+    unit_decoder: bool = False  # activations count as if each decoder row had norm 1
 
 
 class Format(NamedTuple):
@@ -53,7 +61,12 @@ class Format(NamedTuple):
 
     files: tuple[str, ...]  # all must be there
     read_info: Callable[[Located], Description]
-    open_tensors: Callable[[Located], AbstractContextManager[Callable[[str], Tensor]]]
+    open_tensors: Callable[[Located], AbstractContextManager[Reader]]
+    optional: tuple[str, ...] = ()
+
+    @property
+    def all_files(self) -> tuple[str, ...]:
+        return self.files + self.optional
 
 
 def load_tensors(found: Located, format: Format) -> SAE:
@@ -62,25 +75,33 @@ def load_tensors(found: Located, format: Format) -> SAE:
     Raises:
         SAEError: As `read_info` does, or a tensor is corrupt or holds NaN or infinity.
     """
-    info, subtract_b_dec = format.read_info(found)
+    info, subtract_b_dec, unit_decoder = format.read_info(found)
     with format.open_tensors(found) as read:
         # One tensor after the other: never two copies of more than one of them.
+        def finite(name: str) -> Tensor:
+            return _finite(found, name, read(name).float())
+
         encoder = _finite(found, "W_enc", read("W_enc").t().contiguous().float())
-        b_enc = _finite(found, "b_enc", read("b_enc").float())
-        decoder = _finite(found, "W_dec", read("W_dec").float())
-        b_dec = _finite(found, "b_dec", read("b_dec").float())
-        threshold = torch.zeros_like(b_enc)
-        if info.architecture == "jumprelu":
-            threshold = _finite(found, "threshold", read("threshold").float())
+        decoder = finite("W_dec").contiguous()
+        b_dec = finite("b_dec")
+        if info.architecture == "gated":
+            b_enc, threshold = _merge_gate(encoder, *map(finite, ("b_gate", "b_mag", "r_mag")))
+        else:
+            b_enc = finite("b_enc")
+            threshold = torch.zeros_like(b_enc)
+            if info.architecture == "jumprelu":  # one number, or one of each feature
+                threshold = finite("threshold").expand_as(b_enc).contiguous()
+    if unit_decoder:
+        _normalise_decoder(encoder, b_enc, threshold, decoder)
     if subtract_b_dec:
         b_enc = _fold_b_dec(encoder, b_enc, b_dec)
     return SAE(encoder.t(), b_enc, threshold, decoder, b_dec, info)
 
 
 def check_headers(
-    found: Located, headers: Mapping[str, Header], names: tuple[str, ...]
+    found: Located, headers: Mapping[str, Header], architecture: str
 ) -> tuple[int, int]:
-    """Check that headers hold `names` and nothing else, as floats of shapes that agree.
+    """Check that headers hold an architecture's tensors and nothing else, as floats that agree.
 
     Returns:
         (d_model, width).
@@ -88,7 +109,7 @@ def check_headers(
     Raises:
         SAEError: They do not.
     """
-    kind = "JumpReLU" if "threshold" in names else "ReLU"
+    kind, names = _KINDS[architecture], _TENSORS[architecture]
     if missing := [name for name in names if name not in headers]:
         raise SAEError(
             f"SAE {found.source} lacks {', '.join(missing)} (it holds "
@@ -107,6 +128,16 @@ def check_headers(
                 f"floating-point tensors."
             )
     return _check_shapes(found, {name: headers[name].shape for name in names})
+
+
+def check_k(found: Located, k: Any, width: int) -> int:
+    """The k of a TopK autoencoder. Raises SAEError if it cannot be one."""
+    if not isinstance(k, int) or isinstance(k, bool) or not 1 <= k <= width:
+        raise SAEError(
+            f"SAE {found.source} has k={k!r}, which is no number of its {width} features; export "
+            f"it again."
+        )
+    return k
 
 
 def _check_shapes(found: Located, shapes: dict[str, tuple[int, ...]]) -> tuple[int, int]:
@@ -135,6 +166,28 @@ def _finite(found: Located, name: str, tensor: Tensor) -> Tensor:
             f"nothing; download or export it again."
         )
     return tensor
+
+
+def _merge_gate(
+    encoder: Tensor, b_gate: Tensor, b_mag: Tensor, r_mag: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(b_enc, threshold) of the JumpReLU that a gated autoencoder is; scales `encoder` in place.
+
+    Both of its paths share W_enc: with `pre = exp(r) * (x @ W) + b_mag`, the gate
+    `x @ W + b_gate > 0` says `pre > b_mag - exp(r) * b_gate`.
+    """
+    gain = r_mag.double().exp()
+    encoder.mul_(gain.float().unsqueeze(1))
+    return b_mag, (b_mag.double() - gain * b_gate.double()).float()
+
+
+def _normalise_decoder(encoder: Tensor, b_enc: Tensor, threshold: Tensor, decoder: Tensor) -> None:
+    """Move each decoder row's norm into the activation of its feature, in place."""
+    norm = decoder.norm(dim=1).clamp(min=1e-8)
+    decoder.div_(norm.unsqueeze(1))
+    encoder.mul_(norm.unsqueeze(1))
+    b_enc.mul_(norm)
+    threshold.mul_(norm)
 
 
 def _fold_b_dec(encoder: Tensor, b_enc: Tensor, b_dec: Tensor) -> Tensor:

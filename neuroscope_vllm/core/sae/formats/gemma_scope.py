@@ -1,14 +1,23 @@
-"""Gemma Scope (google/gemma-scope-*-res): `params.npz`.
+"""Gemma Scope (google/gemma-scope-*, of Gemma 2): `params.npz`.
 
-Parameters take raw residuals, and b_dec is folded into the encoder already (arXiv 2408.05147, 3.1
-and appendix A). The layer, and what else is known, is in the path.
+Parameters take their input raw, and b_dec is folded into the encoder already (arXiv 2408.05147, 3.1
+and appendix A). The layer, and what else is known, is in the path. What each suite reads, named as
+SAELens does:
+
+    res          resid_post                   the residual stream after the layer
+    mlp          blocks.L.hook_mlp_out        the MLP's output, after its post-norm
+    att          blocks.L.attn.hook_z         all heads' outputs side by side, before o_proj
+    transcoders  blocks.L.ln2.hook_normalized the MLP's input over its RMS, before the norm's gain;
+                                              they predict blocks.L.hook_mlp_out
 """
 
 from __future__ import annotations
 
 import re
+import tokenize
 import zipfile
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import PurePath
 
@@ -17,43 +26,52 @@ import torch
 from torch import Tensor
 
 from neuroscope_vllm.core.errors import SAEError
+from neuroscope_vllm.core.sae.canonical import is_canonical
 from neuroscope_vllm.core.sae.formats.base import (
-    JUMPRELU_TENSORS,
     Description,
     Header,
     Located,
+    Reader,
     check_headers,
 )
-from neuroscope_vllm.core.sae.info import SAEInfo
+from neuroscope_vllm.core.sae.info import RESID_POST, SAEInfo
 
 _REPO = re.compile(r"gemma-scope-(2b|9b|27b)-(pt|it)-(\w+)")
 _PATH = re.compile(r"layer_(\d+)/width_(\w+)/average_l0_(\d+)")
-# Neuronpedia shows one L0 a layer: the closest to 100. These are gemma-scope-2b-pt-res/width_16k.
-_NEURONPEDIA_L0 = (
-    *(105, 102, 141, 59, 124, 68, 70, 69, 71, 73, 77, 80, 82),
-    *(84, 84, 78, 78, 77, 74, 73, 71, 70, 72, 75, 73, 116),
+_DAMAGE = (
+    *(zipfile.BadZipFile, zlib.error, NotImplementedError),  # the archive
+    *(ValueError, SyntaxError, tokenize.TokenError),  # numpy parses a header as Python
+    *(EOFError, OSError, KeyError),
 )
+_READS = {
+    "res": RESID_POST,
+    "mlp": "blocks.{}.hook_mlp_out",
+    "att": "blocks.{}.attn.hook_z",
+    "transcoders": "blocks.{}.ln2.hook_normalized",
+}
 
 
 def read_info(found: Located) -> Description:
     """Check the headers of the npz file.
 
     Raises:
-        SAEError: Truncated, pickled, malformed, or not a residual-stream SAE.
+        SAEError: Truncated, pickled, malformed, or of a suite that is not known.
     """
     where = PurePath(found.source).as_posix()
     repo, path = _REPO.search(where), _PATH.search(where)
-    if repo and repo[3] != "res":
+    suite = repo[3] if repo else "res"
+    if suite not in _READS:
         raise SAEError(
-            f"SAE {found.source} reads {repo[3]} activations, not the residual stream; choose one "
-            f"of gemma-scope-{repo[1]}-{repo[2]}-res."
+            f"SAE {found.source} is of the suite {suite!r}, which is not known; choose one of "
+            f"{', '.join(_READS)}."
         )
     if "/embedding/" in where:
         raise SAEError(
             f"SAE {found.source} reads embeddings, not the residual stream after a layer; choose "
             f"one of its repository's layer_* folders."
         )
-    d_model, width = check_headers(found, _headers(found), JUMPRELU_TENSORS)
+    d_model, width = check_headers(found, _headers(found), "jumprelu")
+    layer = path[1] if path else "L"
     info = SAEInfo(
         source=found.source,
         revision=found.revision,
@@ -62,14 +80,16 @@ def read_info(found: Located) -> Description:
         d_model=d_model,
         width=width,
         layer=int(path[1]) if path else None,
+        hook_point=_READS[suite].format(layer),
         model_name=f"gemma-2-{repo[1]}{'-it' if repo[2] == 'it' else ''}" if repo else None,
         neuronpedia_id=_neuronpedia_id(repo, path),
+        output_point=_READS["mlp"].format(layer) if suite == "transcoders" else None,
     )
-    return Description(info, subtract_b_dec=False)
+    return Description(info)
 
 
 @contextmanager
-def open_tensors(found: Located) -> Iterator[Callable[[str], Tensor]]:
+def open_tensors(found: Located) -> Iterator[Reader]:
     """A function that reads one tensor by name."""
     with _errors(found), np.load(found.paths["params.npz"], allow_pickle=False) as archive:
         members = {_tensor_name(name): name for name in archive.files}
@@ -82,11 +102,15 @@ def open_tensors(found: Located) -> Iterator[Callable[[str], Tensor]]:
 
 
 def _neuronpedia_id(repo: re.Match[str] | None, path: re.Match[str] | None) -> str | None:
-    if repo is None or path is None or repo[0] != "gemma-scope-2b-pt-res" or path[2] != "16k":
+    """Neuronpedia shows one SAE of each layer and width."""
+    if (
+        repo is None
+        or path is None
+        or not is_canonical(repo[0], int(path[1]), path[2], int(path[3]))
+    ):
         return None
-    layer, l0 = int(path[1]), int(path[3])
-    shown = layer < len(_NEURONPEDIA_L0) and l0 == _NEURONPEDIA_L0[layer]
-    return f"gemma-2-2b/{layer}-gemmascope-res-16k" if shown else None
+    instructed = "-it" if repo[2] == "it" else ""
+    return f"gemma-2-{repo[1]}{instructed}/{path[1]}-gemmascope-{repo[3]}-{path[2]}"
 
 
 def _tensor_name(member: str) -> str:
@@ -122,7 +146,7 @@ def _errors(found: Located) -> Iterator[None]:
         yield
     except SAEError:
         raise
-    except (zipfile.BadZipFile, EOFError, OSError, ValueError, KeyError) as error:
+    except _DAMAGE as error:
         raise SAEError(
             f"SAE {found.source} is truncated or not an npz file ({error}); download it again."
         ) from error

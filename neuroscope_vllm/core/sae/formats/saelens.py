@@ -5,47 +5,53 @@ Names from before SAELens 6 are read where they map one to one.
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
-
 from neuroscope_vllm.core.errors import SAEError
 from neuroscope_vllm.core.sae.formats.base import (
-    JUMPRELU_TENSORS,
-    RELU_TENSORS,
     Description,
     Header,
     Located,
+    Reader,
     check_headers,
+    check_k,
 )
-from neuroscope_vllm.core.sae.info import SAEInfo
+from neuroscope_vllm.core.sae.formats.files import (
+    open_safetensors,
+    place_of,
+    read_json,
+    refuse_settings,
+    safetensors_headers,
+    section,
+    text,
+)
+from neuroscope_vllm.core.sae.info import RESID_POST, SAEInfo
 
-_TENSORS = {"standard": RELU_TENSORS, "jumprelu": JUMPRELU_TENSORS}
-_RESID_POST = re.compile(r"blocks\.(\d+)\.hook_resid_post|(?:model\.)?layers\.(\d+)(?:\.output)?")
-_RESID_PRE = re.compile(r"blocks\.([1-9]\d*)\.hook_resid_pre")
+_WEIGHTS = "sae_weights.safetensors"
+_ARCHITECTURES = ("standard", "jumprelu", "topk", "gated")
+_BY_ROW = ("constant_norm_rescale", "layer_norm")
+# Scales of the training data that SAELens folds into the weights when training ends.
+_FOLDED_AT_THE_END = {
+    "expected_average_only_in": "fold_activation_norm_scaling_factor",
+    "covariance_whitening": "fold_activation_whitening",
+}
 
 
 def read_info(found: Located) -> Description:
     """Check the configuration and the headers of the weights.
 
     Raises:
-        SAEError: Corrupt, malformed, or an architecture, transform or hook point not served.
+        SAEError: Corrupt, malformed, or an architecture or transform not served.
     """
-    config = _read_config(found)
-    architecture = config.get("architecture", "standard")
-    if architecture not in _TENSORS:
-        raise SAEError(
-            f"SAE {found.source} has architecture {architecture!r}; choose one of "
-            f"{' or '.join(_TENSORS)} (SAELens saves a trained batchtopk as jumprelu)."
-        )
-    _refuse_transforms(found, config)
-    d_model, width = check_headers(found, _headers(found), _TENSORS[architecture])
-    metadata = config.get("metadata") or config
+    config = read_json(found, "cfg.json")
+    architecture = _architecture(found, config)
+    metadata = section(found, config, "metadata") or config
+    layer, hook_point = _place(found, config)
+    input_norm = _input_norm(found, config)
+    _refuse_rest(found, config, architecture, hook_point)
+    d_model, width = check_headers(found, _headers(found), architecture)
     info = SAEInfo(
         source=found.source,
         revision=found.revision,
@@ -53,80 +59,99 @@ def read_info(found: Located) -> Description:
         architecture=architecture,
         d_model=d_model,
         width=width,
-        layer=_layer(found, config),
-        model_name=metadata.get("model_name"),
-        neuronpedia_id=metadata.get("neuronpedia_id"),
+        layer=layer,
+        hook_point=hook_point,
+        model_name=text(found, metadata, "model_name"),
+        neuronpedia_id=text(found, metadata, "neuronpedia_id"),
+        k=check_k(found, _k(found, config), width) if architecture == "topk" else None,
+        input_norm=input_norm,
     )
-    return Description(info, subtract_b_dec=bool(config.get("apply_b_dec_to_input", True)))
+    return Description(
+        info,
+        subtract_b_dec=bool(config.get("apply_b_dec_to_input", True)),
+        unit_decoder=architecture == "topk" and bool(config.get("rescale_acts_by_decoder_norm")),
+    )
 
 
 @contextmanager
-def open_tensors(found: Located) -> Iterator[Callable[[str], Tensor]]:
+def open_tensors(found: Located) -> Iterator[Reader]:
     """A function that reads one tensor by name."""
-    with _open(found) as file:
+    with open_safetensors(found, _WEIGHTS) as file:
         # Cloned: a tensor over the file's own pages would die with a file that is replaced.
         yield lambda name: file.get_tensor(name).clone()
 
 
-def _read_config(found: Located) -> dict[str, Any]:
-    try:
-        config = json.loads(found.paths["cfg.json"].read_bytes())
-    except (ValueError, OSError) as error:
+def _architecture(found: Located, config: dict[str, Any]) -> str:
+    architecture = config.get("architecture", "standard")
+    if architecture == "standard" and _activation(config) == "topk":
+        architecture = "topk"  # before SAELens 6
+    if architecture not in _ARCHITECTURES:
         raise SAEError(
-            f"SAE {found.source} has a cfg.json that is not JSON ({error}); export it again."
-        ) from error
-    if not isinstance(config, dict):
-        raise SAEError(
-            f"SAE {found.source} has a cfg.json that is not a JSON object; export it again."
+            f"SAE {found.source} has architecture {architecture!r}; choose one of "
+            f"{', '.join(_ARCHITECTURES)} (SAELens saves a trained batchtopk as jumprelu)."
         )
-    return config
+    return architecture
 
 
-def _refuse_transforms(found: Located, config: dict[str, Any]) -> None:
-    """Refuse what changes the input or the output and is not in the tensors."""
+def _activation(config: dict[str, Any]) -> str | None:
+    return config.get("activation_fn") or config.get("activation_fn_str")
+
+
+def _k(found: Located, config: dict[str, Any]) -> Any:
+    return config.get("k", section(found, config, "activation_fn_kwargs").get("k"))
+
+
+def _place(found: Located, config: dict[str, Any]) -> tuple[int | None, str]:
+    hook = (
+        text(found, section(found, config, "metadata"), "hook_name")
+        or text(found, config, "hook_name")
+        or text(found, config, "hook_point")
+    )
+    if hook is not None:
+        return place_of(hook)
+    layer = config.get("hook_layer", config.get("hook_point_layer"))
+    return (layer if isinstance(layer, int) else None), RESID_POST
+
+
+def _input_norm(found: Located, config: dict[str, Any]) -> str | None:
+    """The normalisation that belongs to encoding; None where the tensors need none."""
     normalize = config.get("normalize_activations") or "none"
-    if normalize in (True, "expected_average_only_in"):  # True: before SAELens 4
+    if normalize is True:  # before SAELens 4
+        normalize = "expected_average_only_in"
+    if fold := _FOLDED_AT_THE_END.get(str(normalize)):
         raise SAEError(
-            f"SAE {found.source} has normalize_activations='expected_average_only_in' but its "
-            f"files lack the scaling factor; fold it in with SAELens' "
-            f"fold_activation_norm_scaling_factor and save it again."
+            f"SAE {found.source} has normalize_activations={normalize!r} but its files lack the "
+            f"scaling factor; fold it in with SAELens' {fold} and save it again."
         )
-    asked = {
-        "normalize_activations": (normalize, "none"),
-        "reshape_activations": (config.get("reshape_activations", "none"), "none"),
-        "activation_fn": (config.get("activation_fn") or config.get("activation_fn_str"), "relu"),
-    }
-    for name, (value, served) in asked.items():
-        if value not in (None, served):
-            raise SAEError(
-                f"SAE {found.source} has {name}={value!r}, which is not served; choose one with "
-                f"{served!r}."
-            )
+    if normalize in _BY_ROW:
+        return normalize
+    refuse_settings(found, {"normalize_activations": (normalize, "none")})
+    return None
 
 
-def _layer(found: Located, config: dict[str, Any]) -> int | None:
-    metadata = config.get("metadata") or {}
-    hook = metadata.get("hook_name") or config.get("hook_name") or config.get("hook_point")
-    if hook is None:
-        layer = config.get("hook_layer", config.get("hook_point_layer"))
-        return None if layer is None else int(layer)
-    if match := _RESID_POST.fullmatch(hook):
-        return int(match[1] or match[2])
-    if match := _RESID_PRE.fullmatch(hook):
-        return int(match[1]) - 1  # the stream before layer L is the stream after L - 1
-    raise SAEError(
-        f"SAE {found.source} reads {hook!r}; choose one that reads the residual stream after a "
-        f"layer (blocks.L.hook_resid_post)."
+def _refuse_rest(
+    found: Located, config: dict[str, Any], architecture: str, hook_point: str
+) -> None:
+    """Refuse what changes the input or the output and is not in the tensors."""
+    reshape = config.get("reshape_activations", "none")
+    if hook_point.endswith(".hook_z") and reshape == "hook_z":
+        reshape = "none"  # heads side by side, which is how rows of d_model come
+    activation = _activation(config)
+    refuse_settings(
+        found,
+        {
+            "reshape_activations": (reshape, "none"),
+            "activation_fn": (
+                None if (architecture, activation) == ("topk", "topk") else activation,
+                "relu",
+            ),
+        },
     )
 
 
 def _headers(found: Located) -> dict[str, Header]:
-    headers = {}
-    with _open(found) as file:
-        for name in file.keys():  # noqa: SIM118  (safe_open is not a mapping)
-            part = file.get_slice(name)
-            dtype = str(part.get_dtype())
-            headers[name] = Header(tuple(part.get_shape()), dtype, dtype.startswith(("F", "BF")))
+    with open_safetensors(found, _WEIGHTS) as file:
+        headers = safetensors_headers(file)
         # SAELens before 6 wrote it with every model, as ones unless it had been finetuned.
         if "scaling_factor" in headers:
             if not bool((file.get_tensor("scaling_factor") == 1).all()):
@@ -136,14 +161,3 @@ def _headers(found: Located) -> dict[str, Header]:
                 )
             del headers["scaling_factor"]
     return headers
-
-
-@contextmanager
-def _open(found: Located) -> Iterator[Any]:
-    try:
-        with safe_open(str(found.paths["sae_weights.safetensors"]), framework="pt") as file:
-            yield file
-    except (SafetensorError, OSError) as error:
-        raise SAEError(
-            f"SAE {found.source} has truncated or corrupt weights ({error}); download it again."
-        ) from error
