@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,8 @@ def command(model: str, **flags: Any) -> None:
         )
     except NeuroscopeError as error:
         raise click.ClickException(str(error)) from None
+    # Also where a shell started us ignoring it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         run(config, listener)
     except KeyboardInterrupt:
