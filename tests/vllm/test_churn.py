@@ -184,8 +184,10 @@ class Storm:
         if number % 3 == 0:
             prompt = (self._random.choice(self._shared) + prompt)[:longest]
         leaves = number % 4 == 0
-        # Who leaves half-way leaves enough behind for that to be noticed in time.
-        max_tokens = longest // 2 if leaves else self._random.randint(1, longest // 2)
+        max_tokens = self._random.randint(1, longest // 2)
+        if leaves:
+            # Who leaves half-way leaves enough behind for vLLM to notice before the end.
+            prompt, max_tokens = prompt[: longest // 2], longest
         body = {
             "model": "tiny",
             "prompt": prompt,
@@ -197,7 +199,7 @@ class Storm:
             "return_token_ids": True,
         }
         choices = {n: [] for n in range(body["n"])}
-        sent = Sent(f"cmpl-storm-{number}", prompt, max_tokens // 2 if leaves else None, choices)
+        sent = Sent(f"cmpl-storm-{number}", prompt, longest // 8 if leaves else None, choices)
         return sent, body, self._random.random()
 
     def _send(self, sent: Sent, body: dict[str, Any], pause: float) -> Sent:

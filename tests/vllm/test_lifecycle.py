@@ -144,7 +144,8 @@ def test_a_running_chat_goes_on_in_the_stream_of_the_new_side_process(served: Se
         events = response.json()["choices"][0]["events"]
         return sum(e["event"] == "token" and e["features_at"] == "self" for e in events) > 5
 
-    # Paused, so that it can not end before the new side process is there, on whatever machine.
+    # Paused, so that it can not end before the new side process is there and the worker has found
+    # it, on whatever machine.
     worker = worker_process(served)
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(chat, served, "survivor", None, 900)
@@ -156,6 +157,11 @@ def test_a_running_chat_goes_on_in_the_stream_of_the_new_side_process(served: Se
             wait_until(lambda: httpx.get(trace_url, timeout=20).status_code == 200)
         finally:
             worker.resume()
+        while not has_features():
+            worker.suspend()
+            time.sleep(0.3)
+            worker.resume()
+            time.sleep(0.03)
         text = running.result(120)
     (trace,) = served.trace("chatcmpl-survivor")
     tokens = [e for e in trace["events"] if e["event"] == "token"]
