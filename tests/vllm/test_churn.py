@@ -43,7 +43,7 @@ class Mode:
     longest: int = 160
     kv_tokens: int = 512
     """Room for a few of the sixteen that may run at once."""
-    exercised: tuple[str, ...] = ("preemptions", "cache_hits", "chunked_prefills")
+    exercised: tuple[str, ...] = ("preemptions", "cache_hits", "chunked_prefills", "aborted")
     repetitive: bool = False
     layers: tuple[int, ...] = (20,)
     engines: int = 1
@@ -73,10 +73,12 @@ MODES = {
     "dp2": Mode(
         "llama", (*EAGER, "--data-parallel-size", "2"), env=TWO_CORES,
         engines=2, kv_tokens=352,
+        # Two engines leave the API server no core to notice in time who left.
+        exercised=("preemptions", "cache_hits", "chunked_prefills"),
     ),
     "ngram": Mode(
         "llama", (*EAGER, "--speculative-config", DRAFTS), repetitive=True,
-        exercised=("preemptions", "cache_hits", "chunked_prefills", "drafts_rejected",
+        exercised=("preemptions", "cache_hits", "chunked_prefills", "aborted", "drafts_rejected",
                    "drafts_accepted"),
     ),
 }  # fmt: skip
@@ -284,7 +286,6 @@ def test_everything_once_in_order_with_its_own_features(
     assert compared.wrong == []
     assert compared.rows > 20 * len(outcome.sent)
     assert 0 < counts["sinks"] < compared.rows // 2
-    assert counts["aborted"] > 0
     assert counts["cached_with_features"] > 0
     assert counts["cached_without_features"] == 0
     for name in mode.exercised:
