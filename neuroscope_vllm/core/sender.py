@@ -68,6 +68,11 @@ class Sender:
             return False
         return True
 
+    def miss(self) -> None:
+        """A message that should have been put could not be made: counted, and `resync` is due."""
+        self.counters["messages_missed"] += 1
+        self._lost = True
+
     def close(self, timeout: float = 1.0) -> None:
         """Flush what is queued, say goodbye, and end the thread."""
         try:

@@ -36,6 +36,7 @@ class Narrator:
     sampled_tokens: int = field(init=False, default=0)
     """Tokens heard of, those whose text is still held back included."""
     _prompt_text: TextStream = field(init=False)
+    _prompt_broke: bool = field(init=False, default=False)
     _output: OutputText = field(init=False)
     _texts: deque[str] = field(init=False, default_factory=deque)
 
@@ -127,8 +128,15 @@ class Narrator:
         try:
             return self._prompt_text.step(token_id)
         except Exception:
-            # vLLM never decodes a prompt, so its text may be what breaks the tokenizer first.
-            logger.exception("neuroscope: token %d of a prompt has no text", token_id)
+            # tokenizers raises nothing narrower. vLLM never decodes a prompt, so here is where the
+            # text of one may break first; the request's features are none the worse for it.
+            if not self._prompt_broke:
+                self._prompt_broke = True
+                logger.exception(
+                    "neuroscope: token %d in the prompt of %s has no text",
+                    token_id,
+                    self.started.internal_id,
+                )
             return ""
 
     def _features(self, rows: LayerRows, row: int) -> list[events.Feature]:

@@ -228,7 +228,12 @@ def metrics(served: Served) -> Counter[str]:
 
 
 def test_everything_once_in_order_with_its_own_features(
-    outcome: Outcome, mode: Mode, model: Path, saes: dict[int, Path]
+    outcome: Outcome,
+    mode: Mode,
+    model: Path,
+    saes: dict[int, Path],
+    capsys: pytest.CaptureFixture[str],
+    request: pytest.FixtureRequest,
 ) -> None:
     oracle = Oracle(model, saes, SINK_NORMS[mode.family])
     compared, faults, counts = Comparison(), [], Counter[str]()
@@ -278,10 +283,12 @@ def test_everything_once_in_order_with_its_own_features(
     counts["drafts_rejected"] = (
         vllm["spec_decode_num_draft_tokens_total"] - counts["drafts_accepted"]
     )
-    print(
-        f"\n{len(outcome.sent)} requests, {compared.rows} rows compared,"
-        f" worst relative error {compared.worst_relative_error:.1e}, {dict(counts)}"
-    )
+    with capsys.disabled():
+        print(
+            f"\n{request.node.callspec.id}: {len(outcome.sent)} requests,"
+            f" {compared.rows} rows compared, worst relative error"
+            f" {compared.worst_relative_error:.1e}, {dict(counts)}"
+        )
     assert faults == []
     assert compared.wrong == []
     assert compared.rows > 20 * len(outcome.sent)

@@ -122,12 +122,14 @@ def test_a_request_larger_than_all_that_is_kept_ends(
 
 
 def test_what_can_not_be_told_harms_no_step(scheduler: Scheduler, tap: SchedulerTap) -> None:
-    tap.started(SimpleNamespace(sampling_params=None, nothing="else"))
+    tap.started(SimpleNamespace())
     strange = SimpleNamespace(request_id="a-01234567")
     tap.started(request("a"))
     assert scheduler.update_from_output([strange])[0].outputs == [strange]
     assert scheduler.schedule([strange]).scheduled_new_reqs == [strange]
     assert scheduler.finish_requests("a-01234567", "no status") == "finished"
+    assert tap._sender.counters["messages_missed"] == 4
+    assert resync(tap) == ["a"]
 
 
 @pytest.mark.parametrize("value", [3, 1.5, "boom", ["a"], 2**62])

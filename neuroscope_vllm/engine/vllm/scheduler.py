@@ -43,14 +43,16 @@ logger = logging.getLogger(__name__)
 
 
 def _guarded(report: Callable[..., R]) -> Callable[..., R | None]:
-    """vLLM goes on whatever happens in `report`: what is not told is missing from the stream."""
+    """For methods of the tap. vLLM goes on whatever happens in `report`: it is logged and counted,
+    and a resync tells the hub what it missed."""
 
     @functools.wraps(report)
-    def guarded(*args: Any) -> R | None:
+    def guarded(tap: SchedulerTap, *args: Any) -> R | None:
         try:
-            return report(*args)
+            return report(tap, *args)
         except Exception:
             logger.exception("neuroscope: the engine's requests could not be told")
+            tap._sender.miss()
             return None
 
     return guarded

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from neuroscope_vllm.core.errors import SAEError
 from neuroscope_vllm.core.sae.formats.base import Header, Located
@@ -75,6 +76,11 @@ def open_safetensors(found: Located, name: str) -> Iterator[Any]:
         raise SAEError(
             f"SAE {found.source} has truncated or corrupt weights ({error}); download it again."
         ) from error
+
+
+def read_tensor(file: Any, name: str) -> Tensor:
+    """A copy: a tensor over the file's own pages would die with a file that is replaced."""
+    return file.get_tensor(name).clone()
 
 
 def safetensors_headers(file: Any) -> dict[str, Header]:

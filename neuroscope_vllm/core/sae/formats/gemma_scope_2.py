@@ -24,6 +24,7 @@ from neuroscope_vllm.core.sae.formats.files import (
     open_safetensors,
     place_of,
     read_json,
+    read_tensor,
     refuse_settings,
     safetensors_headers,
     text,
@@ -84,8 +85,7 @@ def read_info(found: Located) -> Description:
 def open_tensors(found: Located) -> Iterator[Reader]:
     """A function that reads one tensor by name."""
     with open_safetensors(found, _WEIGHTS) as file:
-        # Cloned: a tensor over the file's own pages would die with a file that is replaced.
-        yield lambda name: file.get_tensor(_THEIRS.get(name, name)).clone()
+        yield lambda name: read_tensor(file, _THEIRS.get(name, name))
 
 
 def _place(

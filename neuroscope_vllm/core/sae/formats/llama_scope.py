@@ -29,6 +29,7 @@ from neuroscope_vllm.core.sae.formats.files import (
     open_safetensors,
     place_of,
     read_json,
+    read_tensor,
     refuse_settings,
     safetensors_headers,
     text,
@@ -105,10 +106,9 @@ def open_tensors(found: Located) -> Iterator[Reader]:
         def read(name: str) -> Tensor:
             if name == "threshold":
                 return torch.tensor(threshold)
-            tensor = file.get_tensor(_THEIRS[name])
+            tensor = read_tensor(file, _THEIRS[name])
             tensor = tensor.t() if name.startswith("W") else tensor
-            # A new tensor: one over the file's own pages would die with a file that is replaced.
-            return tensor.float() * factor[name] if name in factor else tensor.clone()
+            return tensor.float() * factor[name] if name in factor else tensor
 
         yield read
 

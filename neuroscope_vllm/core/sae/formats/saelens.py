@@ -22,6 +22,7 @@ from neuroscope_vllm.core.sae.formats.files import (
     open_safetensors,
     place_of,
     read_json,
+    read_tensor,
     refuse_settings,
     safetensors_headers,
     section,
@@ -77,8 +78,7 @@ def read_info(found: Located) -> Description:
 def open_tensors(found: Located) -> Iterator[Reader]:
     """A function that reads one tensor by name."""
     with open_safetensors(found, _WEIGHTS) as file:
-        # Cloned: a tensor over the file's own pages would die with a file that is replaced.
-        yield lambda name: file.get_tensor(name).clone()
+        yield lambda name: read_tensor(file, name)
 
 
 def _architecture(found: Located, config: dict[str, Any]) -> str:

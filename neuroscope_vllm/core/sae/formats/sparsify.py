@@ -26,6 +26,7 @@ from neuroscope_vllm.core.sae.formats.files import (
     open_safetensors,
     place_of,
     read_json,
+    read_tensor,
     refuse_settings,
     safetensors_headers,
     transposed,
@@ -82,8 +83,7 @@ def open_tensors(found: Located) -> Iterator[Reader]:
     with open_safetensors(found, _WEIGHTS) as file:
 
         def read(name: str) -> Tensor:
-            # Cloned: a tensor over the file's own pages would die with a file that is replaced.
-            tensor = file.get_tensor(_THEIRS.get(name, name)).clone()
+            tensor = read_tensor(file, _THEIRS.get(name, name))
             return tensor.t() if name == "W_enc" else tensor
 
         yield read
