@@ -86,7 +86,7 @@ class Sender:
             # vLLM's CPU worker pins itself, and its threads inherit that: leave its core to it.
             os.sched_setaffinity(0, range(os.cpu_count() or 1))
         connection = _Connection(self._address, self._keys)
-        next_hello = 0.0
+        next_hello, sent = 0.0, False
         while True:
             now = time.monotonic()
             if now >= next_hello:
@@ -105,6 +105,8 @@ class Sender:
                 continue
             if message is _STOP:
                 break
+            if not sent:  # connected a moment ago: the hub must know whom it hears
+                sent = self._send(connection, self._hello(dict(self.counters)), count=False)
             self._send(connection, message)  # type: ignore[arg-type]
         self._send(connection, wire.Goodbye(self._hello(dict(self.counters)).sender), count=False)
         connection.close()
