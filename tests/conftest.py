@@ -8,6 +8,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 
+from neuroscope_vllm.core.artefacts import DATA_VARIABLE
 from tests.support import models
 
 # Time says nothing on a machine that also runs vLLM, and a red run should be red again.
@@ -15,9 +16,20 @@ hypothesis.settings.register_profile("neuroscope", deadline=None, derandomize=Tr
 hypothesis.settings.load_profile("neuroscope")
 
 
+@pytest.fixture(scope="session")
+def empty_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where calibrations and labels would be kept, in place of the user's own folder."""
+    return tmp_path_factory.mktemp("data")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_data_of_the_user(empty_data: Path) -> None:
+    os.environ[DATA_VARIABLE] = str(empty_data)
+
+
 @pytest.fixture(autouse=True)
 def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [n for n in os.environ if n.startswith("NEUROSCOPE_")]:
+    for name in [n for n in os.environ if n.startswith("NEUROSCOPE_") and n != DATA_VARIABLE]:
         monkeypatch.delenv(name)
 
 

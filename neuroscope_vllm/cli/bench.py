@@ -1,4 +1,4 @@
-"""`neuroscope bench`: what watching costs, measured here and now."""
+"""`neuroscope bench`: what watching and encoding cost, measured here and now."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import click
 
 from neuroscope_vllm.cli.demo import VLLM_FLAGS, demo_model, demo_sae
 from neuroscope_vllm.cli.options import neuroscope_flags, settings_from
+from neuroscope_vllm.cli.ranking_quality import command as ranking
 
 
 @click.group("bench")
@@ -55,3 +56,26 @@ def overhead(
         click.echo(json.dumps(report))
     else:
         table(report)
+
+
+@command.command("encode")
+@click.option("--width", default=16384, show_default=True, type=click.IntRange(min=8))
+@click.option("--rows", default=8192, show_default=True, type=click.IntRange(min=1))
+@click.option("--d-model", default=2304, show_default=True, type=click.IntRange(min=1))
+@click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")
+def encode(width: int, rows: int, d_model: int, as_json: bool) -> None:
+    """Time and memory that encoding takes, with a random SAE, on the GPU if there is one.
+
+    Memory is the peak beyond the SAE's own weights and the rows. What the encoder of a server adds
+    to it includes its second copy of the encoder's weights, for the selection.
+    """
+    from neuroscope_vllm.cli.encode_cost import measure, table
+
+    report = measure(width, rows, d_model)
+    if as_json:
+        click.echo(json.dumps(report))
+    else:
+        table(report)
+
+
+command.add_command(ranking)

@@ -26,6 +26,7 @@ def command(model: str, **flags: Any) -> None:
     """
     from neuroscope_vllm.core import launch
     from neuroscope_vllm.core.keys import hub_endpoint
+    from neuroscope_vllm.core.sae.canonical import SUITE
     from neuroscope_vllm.server.__main__ import run
 
     settings = settings_from(flags)
@@ -36,6 +37,10 @@ def command(model: str, **flags: Any) -> None:
                 "no hub was given: the address to listen on, for example --hub"
                 " tcp://10.0.0.1:8082 or --hub ipc:///run/user/1000/neuroscope.sock."
             )
+        if SUITE in settings.sae:  # labels are kept by the SAE's own address
+            from neuroscope_vllm.core.sae.observed import named
+
+            settings = named(settings, model)
         launch.check_bind(settings)
         listener = launch.listen(settings.features_host, settings.features_port)
         config = launch.SideConfig(

@@ -9,9 +9,15 @@ import click
 COMMANDS = {
     "serve": "Serve a model with vLLM and stream its features beside it.",
     "demo": "Serve the embedded demo model; needs no GPU and no model hub.",
+    "pull": "Fetch a model, SAEs, calibrations and labels, and lock their commits.",
+    "push": "Publish calibrations and labels as a dataset on the Hugging Face hub.",
     "hub": "Run the side process alone, for engines that were started elsewhere.",
     "keys": "Make the key file of a hub that engines reach over TCP.",
+    "inspect": "Show the features of a text, from a running server or offline.",
+    "labels": "Import, export, list, search and remove labels of features.",
     "bench": "Measure what watching costs.",
+    "sae": "Look at SAEs: their shape and weights, and which a model has.",
+    "calibrate": "Measure how often and how strongly each feature fires.",
     "verify": "Check a running server against an offline recomputation.",
 }
 

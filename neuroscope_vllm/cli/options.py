@@ -27,7 +27,10 @@ _FLAGS = [
     click.option("--top-k", type=int, help="Features reported per token (8)."),
     click.option("--max-frequency", type=float, help="Hide features more frequent than this."),
     click.option(
-        "--sae-input", type=click.Choice(["raw", "rms"]), help="What the SAE reads (raw)."
+        "--sae-input",
+        type=click.Choice(["raw", "rms"]),
+        help="What the SAE reads: residuals as they are (raw, the default), or divided by their RMS"
+        " first, as the Neuroscope that this one follows does (rms; wrong for Gemma Scope).",
     ),
     click.option("--features-host", help="Address of the feature stream (127.0.0.1)."),
     click.option("--features-port", type=int, help="Port of the feature stream (8081)."),

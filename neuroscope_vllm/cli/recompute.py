@@ -67,13 +67,14 @@ class Recomputation:
         check_fits(
             sae.info, d_model=oracle.d_model, num_layers=oracle.num_layers, layer=site["layer"]
         )
+        if site["sae_input"] == "rms":
+            sae = sae.reading_rms()
         ranker = make_ranker(site["ranking"], calibration, site["max_frequency"], width=sae.width)
         return Judge(
             sae,
             ranker,
             top_k=site["top_k"],
             sink_norm=None if calibration is None else calibration.sink_norm,
-            rms_input=site["sae_input"] == "rms",
             tolerance=self.tolerance,
         )
 

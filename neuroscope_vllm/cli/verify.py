@@ -74,7 +74,7 @@ def command(
     from neuroscope_vllm.cli.supervise import console
     from neuroscope_vllm.core.errors import NeuroscopeError
 
-    description, served = _ask_server(url.rstrip("/"), api_key)
+    description, served = ask_server(url.rstrip("/"), api_key)
     path = model or _model_path(served)
     asks = mix(requests, max_tokens, served["id"], served["max_model_len"])
     try:
@@ -96,7 +96,7 @@ def command(
     context.exit(0 if verdict.clean else 1)
 
 
-def _ask_server(url: str, api_key: str | None) -> tuple[dict[str, Any], dict[str, Any]]:
+def ask_server(url: str, api_key: str | None) -> tuple[dict[str, Any], dict[str, Any]]:
     """What is observed, and the model as vLLM lists it."""
     from neuroscope_vllm.cli.storm import CONNECT_TIMEOUT_S, VerifyError, refusal
 

@@ -1,24 +1,28 @@
 """What each feature does on ordinary text: how often it fires and how strongly.
 
-Also how large residuals are, which tells attention sinks. Built from shards of a corpus, on the
-CPU; read by `ranking`, steering and the feature card. Counts are
-integers and sums are fp64, so shards combine in any order. Leave special tokens and attention sinks
-out of what `update` sees: one sink outweighs a shard.
+Also how large residuals are, which tells attention sinks, and how well the SAE rebuilds them. Built
+from shards of a corpus (`passes`), on the CPU; read by `ranking`, steering and the feature card.
+Counts and maxima merge exactly. Sums are fp64: merged in another order, their last bits may differ
+(1e-12 relative). Leave special tokens and attention sinks out of what `update` sees: one sink
+outweighs a shard.
 """
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor
 
+from neuroscope_vllm.core.artefacts import write_whole
 from neuroscope_vllm.core.errors import ConfigError
+from neuroscope_vllm.core.sae.sparse import Firings, Reconstruction
 
-VERSION = "1"
+VERSION = "2"
 
 # Activations, log-spaced: bin 0 holds (0, 2^-4), bins 1 to 64 a quarter of an octave each up to
 # 2^12, bin 65 the rest. Residual-stream SAEs fire between about 0.1 and a few hundred.
@@ -32,6 +36,9 @@ NUM_NORM_BINS = (NORM_LOG2_MAX - NORM_LOG2_MIN) * NORM_BINS_PER_OCTAVE
 # A residual this many times the median norm is an attention sink.
 SINK_MULTIPLE = 6.0
 
+# Features that fire on more of the tokens are called dense (arXiv 2506.15679).
+DENSE_FREQUENCY = 0.1
+
 
 @dataclass(slots=True, eq=False)
 class Calibration:
@@ -44,8 +51,11 @@ class Calibration:
         total_square: float64 [width], sum of their squares.
         maximum: float32 [width], largest activation; 0 if it never fired.
         histogram: int64 [width, NUM_BINS], firings by activation.
-        norm_histogram: int64 [NUM_NORM_BINS], residuals by norm.
-        sae, model, corpus: What it was measured with; the same in all that merge.
+        norm_histogram: int64 [NUM_NORM_BINS], residuals by norm, sinks among them.
+        sinks: Attention sinks left out.
+        reconstruction: How well the SAE rebuilt those tokens; None: not measured.
+        sink_norm: Norm above which a residual was taken for a sink; infinity: none was.
+        sae, model, corpus: What it was measured with; the same in all that merge, as is sink_norm.
         created: ISO date.
     """
 
@@ -56,6 +66,9 @@ class Calibration:
     maximum: Tensor
     histogram: Tensor
     norm_histogram: Tensor
+    reconstruction: Reconstruction | None = None
+    sinks: int = 0
+    sink_norm: float = float("inf")
     sae: str = ""
     model: str = ""
     corpus: str = ""
@@ -63,8 +76,17 @@ class Calibration:
 
     @classmethod
     def empty(
-        cls, width: int, *, sae: str = "", model: str = "", corpus: str = "", created: str = ""
+        cls,
+        width: int,
+        *,
+        d_model: int | None = None,
+        sink_norm: float = float("inf"),
+        sae: str = "",
+        model: str = "",
+        corpus: str = "",
+        created: str = "",
     ) -> Calibration:
+        """Of no tokens; with `d_model` it measures the reconstruction too."""
         return cls(
             tokens=0,
             firings=torch.zeros(width, dtype=torch.int64),
@@ -73,6 +95,8 @@ class Calibration:
             maximum=torch.zeros(width),
             histogram=torch.zeros(width, NUM_BINS, dtype=torch.int64),
             norm_histogram=torch.zeros(NUM_NORM_BINS, dtype=torch.int64),
+            reconstruction=None if d_model is None else Reconstruction.empty(d_model),
+            sink_norm=sink_norm,
             sae=sae,
             model=model,
             corpus=corpus,
@@ -109,29 +133,29 @@ class Calibration:
         return 2.0 ** (NORM_LOG2_MIN + (middle + 0.5) / NORM_BINS_PER_OCTAVE)
 
     @property
-    def sink_norm(self) -> float:
-        """Residuals with a norm above this are attention sinks; infinity if no norms were seen."""
-        return SINK_MULTIPLE * self.median_norm or float("inf")
+    def dense(self) -> list[int]:
+        """Features that fire on more than DENSE_FREQUENCY of the tokens, ascending."""
+        return (self.frequency > DENSE_FREQUENCY).nonzero().squeeze(1).tolist()
 
-    def update(self, activations: Tensor) -> None:
-        """Add a batch of tokens: activations [n, width], never negative, of any dtype and device.
+    @property
+    def l0(self) -> float:
+        """Mean number of active features a token."""
+        return float(self.firings.sum()) / max(self.tokens, 1)
+
+    def update(self, num_tokens: int, firings: Firings) -> None:
+        """Add tokens: how many there were, and what fired on them.
 
         Raises:
-            ConfigError: They are of another width.
+            ConfigError: A feature lies beyond the width.
         """
-        num_tokens, width = activations.shape
-        if width != self.width:
+        feature, value = firings.feature.cpu(), firings.activation.cpu()
+        if feature.numel() and int(feature.max()) >= self.width:
             raise ConfigError(
-                f"activations of {width} features were given to a calibration of {self.width}; "
-                f"use the SAE it was made for."
+                f"activations of feature {int(feature.max())} were given to a calibration of"
+                f" {self.width} features; use the SAE it was made for."
             )
-        # 1-D: the 2-D nonzero of torch is several times slower on the CPU.
-        flat = activations.reshape(-1)
-        where = (flat > 0).nonzero().squeeze(1)
-        value = flat[where].float().cpu()
-        feature = where.cpu() % width
         self.tokens += num_tokens
-        self.firings += torch.bincount(feature, minlength=width)
+        self.firings += torch.bincount(feature, minlength=self.width)
         self.total.index_add_(0, feature, value.double())
         self.total_square.index_add_(0, feature, value.double().square())
         self.maximum.scatter_reduce_(0, feature, value, "amax")
@@ -149,17 +173,19 @@ class Calibration:
         """Both together, as if one had seen all the tokens.
 
         Raises:
-            ConfigError: They were measured with another SAE, model or corpus.
+            ConfigError: They were measured with another SAE, model, corpus or cut.
         """
-        for name in ("width", "sae", "model", "corpus"):
+        for name in ("width", "sink_norm", "sae", "model", "corpus"):
             mine, theirs = getattr(self, name), getattr(other, name)
             if mine != theirs:
                 raise ConfigError(
                     f"calibrations of {name} {mine!r} and {name} {theirs!r} cannot be merged; "
-                    f"calibrate both shards with the same SAE, model and corpus."
+                    f"calibrate both shards with the same SAE, model, corpus and sink cut."
                 )
+        rebuilt, theirs = self.reconstruction, other.reconstruction
         return replace(
             self,
+            reconstruction=rebuilt.merge(theirs) if rebuilt and theirs else None,
             tokens=self.tokens + other.tokens,
             firings=self.firings + other.firings,
             total=self.total + other.total,
@@ -167,14 +193,20 @@ class Calibration:
             maximum=torch.maximum(self.maximum, other.maximum),
             histogram=self.histogram + other.histogram,
             norm_histogram=self.norm_histogram + other.norm_histogram,
+            sinks=self.sinks + other.sinks,
             created=max(self.created, other.created),
         )
 
+    def to_bytes(self) -> bytes:
+        """One safetensors file; counts, the cut and the provenance go to its metadata."""
+        header = {name: str(getattr(self, name)) for name in _HEADER}
+        if self.reconstruction is not None:
+            header["squared_error"] = repr(self.reconstruction.squared_error)
+        return save(self._tensors(), {**header, "neuroscope_calibration": VERSION})
+
     def save(self, path: str | Path) -> None:
-        """Write one safetensors file; `tokens` and the provenance go to its metadata."""
-        metadata = {name: getattr(self, name) for name in _TEXTS}
-        metadata |= {"neuroscope_calibration": VERSION, "tokens": str(self.tokens)}
-        save_file({name: getattr(self, name) for name in _TENSORS}, path, metadata)
+        """Write `to_bytes`; the file is replaced whole or not at all, also if the machine dies."""
+        write_whole(Path(path), self.to_bytes())
 
     @classmethod
     def load(cls, path: str | Path) -> Calibration:
@@ -184,32 +216,89 @@ class Calibration:
             ConfigError: There is no such file, it is not a calibration, or its version is unknown.
         """
         try:
-            with safe_open(str(path), framework="pt") as file:
-                metadata = file.metadata() or {}
-                version = metadata.get("neuroscope_calibration")
-                if version != VERSION:
-                    raise ConfigError(
-                        f"{path} is not a calibration of version {VERSION} (it says "
-                        f"{version or 'nothing'}); make one for this "
-                        f"version with `examples/train_demo_sae/describe.py`."
-                    )
-                tensors = {name: file.get_tensor(name).clone() for name in _TENSORS}
-        except FileNotFoundError as error:
+            return cls.from_bytes(Path(path).read_bytes())
+        except OSError as error:
             raise ConfigError(
-                f"calibration {path} does not exist; "
-                f"make one with `examples/train_demo_sae/describe.py`."
+                f"calibration {path} can not be read ({error.strerror}); make one with"
+                " `neuroscope calibrate`."
             ) from error
-        except (SafetensorError, OSError) as error:
+        except ConfigError as error:
             raise ConfigError(
-                f"calibration {path} cannot be read ({error}); make it again with "
-                f"`examples/train_demo_sae/describe.py`."
+                f"calibration {path} can not be used: {error} Make it again with"
+                " `neuroscope calibrate`."
             ) from error
-        texts = {name: metadata.get(name, "") for name in _TEXTS}
-        return cls(tokens=int(metadata["tokens"]), **tensors, **texts)
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Calibration:
+        """Read what `to_bytes` wrote. Raises ConfigError if it is anything else."""
+        try:
+            tensors = load(data)
+            metadata = _metadata(data)
+        except (SafetensorError, ValueError) as error:
+            raise ConfigError(f"it is not a safetensors file ({error}).") from error
+        version = metadata.get("neuroscope_calibration")
+        if version != VERSION:
+            raise ConfigError(f"it is of version {version or 'none'}, not {VERSION}.")
+        width = len(tensors["firings"]) if "firings" in tensors else 0
+        rebuilt = "total_residual" in tensors
+        d_model = len(tensors["total_residual"]) if rebuilt else 0
+        like = cls.empty(width, d_model=d_model if rebuilt else None)._tensors()
+        for name, expected in like.items():
+            _check_tensor(name, tensors.get(name), expected)
+        try:
+            read = replace(
+                cls.empty(width),
+                tokens=int(metadata["tokens"]),
+                sinks=int(metadata["sinks"]),
+                sink_norm=float(metadata["sink_norm"]),
+                sae=metadata["sae"],
+                model=metadata["model"],
+                corpus=metadata["corpus"],
+                created=metadata["created"],
+                **{name: tensors[name] for name in _TENSORS},
+            )
+            if rebuilt:
+                read.reconstruction = Reconstruction(
+                    num_rows=read.tokens,
+                    num_firings=int(read.firings.sum()),
+                    squared_error=float(metadata["squared_error"]),
+                    total=tensors["total_residual"],
+                    total_square=tensors["total_square_residual"],
+                )
+        except (KeyError, ValueError) as error:
+            raise ConfigError(f"its header is not a calibration's ({error}).") from error
+        return read
+
+    def _tensors(self) -> dict[str, Tensor]:
+        tensors = {name: getattr(self, name) for name in _TENSORS}
+        if self.reconstruction is not None:
+            tensors["total_residual"] = self.reconstruction.total
+            tensors["total_square_residual"] = self.reconstruction.total_square
+        return tensors
 
 
 _TENSORS = ("firings", "total", "total_square", "maximum", "histogram", "norm_histogram")
-_TEXTS = ("sae", "model", "corpus", "created")
+_HEADER = ("tokens", "sinks", "sink_norm", "sae", "model", "corpus", "created")
+
+
+def _metadata(data: bytes) -> dict[str, str]:
+    """The free-text part of a safetensors header, which its own `load` leaves out."""
+    size = int.from_bytes(data[:8], "little")
+    return json.loads(data[8 : 8 + size]).get("__metadata__") or {}
+
+
+def _check_tensor(name: str, tensor: Tensor | None, like: Tensor) -> None:
+    if tensor is None:
+        raise ConfigError(f"it has no tensor {name!r}.")
+    if tensor.dtype != like.dtype or tensor.shape != like.shape:
+        raise ConfigError(
+            f"its {name} is {tensor.dtype} {list(tensor.shape)}, not {like.dtype}"
+            f" {list(like.shape)}."
+        )
+    if not bool(tensor.isfinite().all()):
+        raise ConfigError(f"its {name} holds a value that is not finite.")
+    if name != "total_residual" and bool((tensor < 0).any()):
+        raise ConfigError(f"its {name} holds a negative value.")
 
 
 def activation_position(activation: Tensor) -> Tensor:

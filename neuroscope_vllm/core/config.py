@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from neuroscope_vllm.core.artefacts import DATA_VARIABLE
 from neuroscope_vllm.core.errors import ConfigError
 
 ENV_PREFIX = "NEUROSCOPE_"
@@ -23,7 +24,7 @@ CONFIG_FILE_VARIABLE = "NEUROSCOPE_CONFIG"
 RUNTIME_VARIABLE = "NEUROSCOPE_RUNTIME"
 """Set by us for child processes: the running side process's directory."""
 CACHE_VARIABLE = "NEUROSCOPE_CACHE"
-_NOT_SETTINGS = {CONFIG_FILE_VARIABLE, RUNTIME_VARIABLE, CACHE_VARIABLE}
+_NOT_SETTINGS = {CONFIG_FILE_VARIABLE, RUNTIME_VARIABLE, CACHE_VARIABLE, DATA_VARIABLE}
 
 Ranking = Literal["zscore", "tail", "quantile", "activation"]
 
@@ -38,7 +39,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     calibration: list[str] = []
     """Calibration file of each SAE; empty: `calibration.safetensors` beside it, if there."""
     labels: list[str] = []
-    """Label files (JSONL) of the first SAE; empty: `labels/*.jsonl` beside each SAE."""
+    """Label files (JSONL) of the first SAE; empty: all that `neuroscope labels` lists for each."""
     sae_input: Literal["raw", "rms"] = "raw"
     """What the SAE reads: raw residuals, or residuals divided by their RMS."""
     top_k: int = 8
@@ -85,6 +86,10 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     @property
     def configured(self) -> bool:
         return bool(self.sae)
+
+    def ranking_of(self, calibrated: bool) -> Ranking:
+        """The ranking of an SAE that has a calibration or not."""
+        return self.ranking or ("zscore" if calibrated else "activation")
 
 
 def _check_hub(hub: str | None, keys: str | None) -> None:
@@ -151,7 +156,7 @@ def without_settings(environ: Mapping[str, str]) -> dict[str, str]:
     return {
         name: value
         for name, value in environ.items()
-        if not name.startswith(ENV_PREFIX) or name == CACHE_VARIABLE
+        if not name.startswith(ENV_PREFIX) or name in (CACHE_VARIABLE, DATA_VARIABLE)
     }
 
 

@@ -11,13 +11,15 @@ from typing import Literal
 import msgspec
 
 
-class Feature(msgspec.Struct, gc=False):
+class Feature(msgspec.Struct, omit_defaults=True, gc=False):
     """One SAE feature on one token. `activation` is in the residual's own units."""
 
     index: int
     label: str | None
     activation: float
     score: float
+    dense: bool = False
+    """It fires on more than a tenth of all tokens, so it says little about this one."""
 
 
 class RequestEvent(msgspec.Struct, omit_defaults=True, gc=False):

@@ -30,7 +30,7 @@ SCORE_TOLERANCE = 1e-3
 FLOOR = 0.1
 """Errors are relative to an activation, or to this part of the row's largest if that is more: a
 ReLU SAE fires arbitrarily weakly."""
-CHUNK_ROWS = 256
+CHUNK_CELLS = 1 << 22  # rows x width at a time; each takes some 60 bytes
 CHUNK_STRAYS = 32
 
 
@@ -90,7 +90,6 @@ class Judge:
         *,
         top_k: int,
         sink_norm: float | None,
-        rms_input: bool,
         tolerance: float,
     ) -> None:
         """All as the server has them; `tolerance` of an activation's relative error."""
@@ -98,7 +97,6 @@ class Judge:
         self._sae = sae
         self._ranker = ranker
         self._sink_norm = float("inf") if sink_norm is None else sink_norm
-        self._rms_input = rms_input
         self._tolerance = tolerance
         self._rows = sae.W_enc.t().contiguous()
         self._threshold = sae.threshold.float().clamp(min=0.0)
@@ -106,14 +104,15 @@ class Judge:
     @torch.inference_mode()
     def fit(self, rows: Published, residuals: Tensor) -> Fit:
         """How rows fit the residuals [n, d_model] of their own positions."""
-        spans = [slice(at, at + CHUNK_ROWS) for at in range(0, len(rows.sink), CHUNK_ROWS)]
+        step = max(1, CHUNK_CELLS // self._sae.width)
+        spans = [slice(at, at + step) for at in range(0, len(rows.sink), step)]
         parts = [self._fit(rows.part(span), residuals[span]) for span in spans]
         return Fit(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
     @torch.inference_mode()
     def fits_another(self, rows: Published, residuals: Tensor) -> Tensor:
         """bool [n]: whether a row's features are those of any of the residuals [m, d_model]."""
-        everything = self._input(residuals)
+        everything = self._sae.normalised(residuals)
         spans = [slice(at, at + CHUNK_STRAYS) for at in range(0, len(rows.sink), CHUNK_STRAYS)]
         return torch.cat([self._among(rows.part(span), everything) for span in spans])
 
@@ -132,7 +131,7 @@ class Judge:
         return torch.where(exists, rows.index, 0), exists
 
     def _fit(self, rows: Published, residuals: Tensor) -> Fit:
-        expected = torch.addmm(self._sae.b_enc, self._input(residuals), self._sae.W_enc)
+        expected = self._sae.preactivations(residuals)[0]
         index, exists = self._known(rows)
         own = expected.gather(1, index)
         error = _relative(rows.activation.where(rows.valid, 0.0), own.where(rows.valid, 0.0))
@@ -140,16 +139,30 @@ class Judge:
 
         strength = rows.activation.where(rows.valid, 0.0).amax(dim=1, keepdim=True)
         slack = self._tolerance * expected.abs().maximum(FLOOR * strength)
-        right = (error <= self._tolerance) & self._consistent(rows, index)
-        right &= self._complete(rows, index, expected - slack)
+        least, most = expected - slack, expected + slack
+        enough, sure = self._places(least, most)
+        right = (error <= self._tolerance) & self._consistent(rows, index, enough)
+        right &= self._complete(rows, index, least, sure)
         # As many features are active as may be, with those near their thresholds in or out.
-        least = (expected - slack > self._threshold).sum(dim=1)
-        right &= (least <= rows.l0) & (rows.l0 <= (expected + slack > self._threshold).sum(dim=1))
+        fewest, highest = ((x > self._threshold).sum(dim=1) for x in (least, most))
+        k = self._sae.info.k or self._sae.width
+        right &= (fewest.clamp(max=k) <= rows.l0) & (rows.l0 <= highest.clamp(max=k))
         return self._with_sinks(rows, residuals, Fit(error, right))
 
-    def _consistent(self, rows: Published, index: Tensor) -> Tensor:
+    def _places(self, least: Tensor, most: Tensor) -> tuple[Tensor, Tensor]:
+        """(enough, sure), [n, 1]: at `enough` a feature may be among the k largest of its row, and
+        at more than `sure` it must be, with every one between `least` and `most` [n, width]."""
+        k = self._sae.info.k
+        n, width = least.shape
+        anything = least.new_full((n, 1), float("-inf"))
+        if k is None:
+            return anything, anything
+        enough = least.topk(k, dim=1).values[:, -1:]
+        return enough, anything if k == width else most.topk(k + 1, dim=1).values[:, -1:]
+
+    def _consistent(self, rows: Published, index: Tensor, enough: Tensor) -> Tensor:
         """bool [n]: active features, none masked or twice, with their own scores in order."""
-        active = rows.activation > self._threshold[index]
+        active = (rows.activation > self._threshold[index]) & (rows.activation >= enough)
         active &= ~self._ranker.mask[index]
         score = self._ranker.score(index, rows.activation)
         same = (rows.score - score).abs() <= SCORE_TOLERANCE * score.abs().clamp(min=1.0)
@@ -160,13 +173,13 @@ class Judge:
         distinct = (marks[:, 1:] != marks[:, :-1]).all(dim=1)
         return (active & same | ~rows.valid).all(dim=1) & falling & distinct
 
-    def _complete(self, rows: Published, index: Tensor, least: Tensor) -> Tensor:
+    def _complete(self, rows: Published, index: Tensor, least: Tensor, sure: Tensor) -> Tensor:
         """bool [n]: no feature was left out that scores higher than the last one reported even at
         `least` [n, width], the weakest activation within tolerance."""
         n, width = least.shape
         every = torch.arange(width).expand(n, width)
         score = self._ranker.score(every, least)
-        absent = (least > self._threshold) & ~self._ranker.mask
+        absent = (least > self._threshold) & (least > sure) & ~self._ranker.mask
         # Padding writes to a column of its own.
         absent = torch.nn.functional.pad(absent, (0, 1))
         absent = absent.scatter(1, torch.where(rows.valid, index, width), False)[:, :width]
@@ -183,12 +196,6 @@ class Judge:
         )
         right = allowed & torch.where(rows.sink, ~rows.valid.any(dim=1), fit.right)
         return Fit(torch.where(rows.sink, 0.0, fit.error), right)
-
-    def _input(self, residuals: Tensor) -> Tensor:
-        if not self._rms_input:
-            return residuals
-        norm = torch.linalg.vector_norm(residuals, dim=1, keepdim=True)
-        return residuals * (residuals.shape[1] ** 0.5 / norm)
 
 
 def _relative(activation: Tensor, expected: Tensor) -> Tensor:

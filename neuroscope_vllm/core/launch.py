@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import ipaddress
-import itertools
 import logging
 import os
 import shutil
@@ -25,7 +24,7 @@ import msgspec
 
 from neuroscope_vllm.core.config import RUNTIME_VARIABLE, Settings
 from neuroscope_vllm.core.errors import ConfigError
-from neuroscope_vllm.core.labels import load_labels
+from neuroscope_vllm.core.labels import load_labels, stored_labels
 
 logger = logging.getLogger(__name__)
 
@@ -146,24 +145,20 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def label_files(settings: Settings, layers: list[int]) -> dict[int, list[str]]:
-    """Label files by layer: those given are for the first SAE, else what ships beside each.
+    """Label files by layer, those that are shown first first: those given are for the first SAE, in
+    their order; else all that are stored for each, by `labels.preference`.
 
     `layers`: those that `settings.sae` read, in their order. Raises ConfigError on a bad file.
     """
-    found = {
-        layer: [str(path) for path in sorted(sae_folder(source).glob("labels/*.jsonl"))]
-        for layer, source in zip(layers, settings.sae, strict=True)
-    }
-    if settings.labels:
-        found[layers[0]] = settings.labels
-    for path in itertools.chain.from_iterable(found.values()):
-        load_labels(path)
+    found = {}
+    for number, (layer, source) in enumerate(zip(layers, settings.sae, strict=True)):
+        if settings.labels and number == 0:
+            for path in settings.labels:
+                load_labels(path)
+            found[layer] = settings.labels
+        else:
+            found[layer] = [str(path) for path in stored_labels(source)]
     return found
-
-
-def sae_folder(source: str) -> Path:
-    path = Path(source).expanduser()
-    return path.parent if path.is_file() else path
 
 
 def url_host(host: str) -> str:

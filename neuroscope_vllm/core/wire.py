@@ -36,6 +36,8 @@ class Site(msgspec.Struct, frozen=True):
     calibration: str | None = None
     sae_input: str = "raw"
     max_frequency: float = 0.5
+    dense: list[int] = []
+    """Features that fire on more than a tenth of the calibration's tokens."""
 
 
 class SelfTest(msgspec.Struct, frozen=True):

@@ -22,6 +22,7 @@ from neuroscope_vllm.core.sae.info import SAEInfo
 from neuroscope_vllm.core.sender import Sender
 
 WIDTH = 16_384
+DENSE = list(range(0, WIDTH, 5))
 
 
 def features_of(token_id: int, position: int, layer: int, top_k: int) -> list[tuple[int, float]]:
@@ -194,7 +195,10 @@ class FakeEngine:
         sae = SAEInfo(
             source="fake", format="gemma-scope", architecture="jumprelu", d_model=64, width=WIDTH
         )
-        sites = [wire.Site(layer, sae, "activation", self.top_k, None) for layer in self.layers]
+        sites = [
+            wire.Site(layer, sae, "activation", self.top_k, None, dense=DENSE)
+            for layer in self.layers
+        ]
         return wire.Hello(
             sender=f"fake-{role}-{os.getpid()}-{id(self)}",
             role=role,

@@ -12,7 +12,7 @@ from fastapi import FastAPI
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from tokenizers import Tokenizer
 
-from neuroscope_vllm.core.errors import NeuroscopeError
+from neuroscope_vllm.core.errors import ConfigError, NeuroscopeError
 from neuroscope_vllm.core.labels import LabelSet, load_labels
 from neuroscope_vllm.core.launch import SideConfig
 from neuroscope_vllm.server import errors
@@ -82,7 +82,16 @@ async def _open(app: FastAPI) -> None:
 
 def _read_files(config: SideConfig) -> tuple[Tokenizer | None, dict[int, list[LabelSet]]]:
     tokenizer = Tokenizer.from_file(config.tokenizer_file) if config.tokenizer_file else None
-    labels = {
-        layer: [load_labels(path) for path in paths] for layer, paths in config.labels.items()
-    }
-    return tokenizer, labels
+    return tokenizer, {layer: _read_labels(paths) for layer, paths in config.labels.items()}
+
+
+def _read_labels(paths: list[str]) -> list[LabelSet]:
+    """Labels in order of preference. Who started us found the files good; one that was removed or
+    is being written since, as a side process that starts again may find, is left out."""
+    found = []
+    for path in paths:
+        try:
+            found.append(load_labels(path))
+        except ConfigError as error:
+            logger.warning("neuroscope: %s", error)
+    return found

@@ -18,6 +18,12 @@ logger = logging.getLogger(__name__)
 _INVALID_PREFIX = "Invalid prefix encountered"
 
 
+def special_ids(tokenizer: Tokenizer | None) -> list[int]:
+    """Tokens that are no text but marks, such as the first of every prompt, ascending."""
+    added = tokenizer.get_added_tokens_decoder() if tokenizer is not None else {}
+    return sorted(token_id for token_id, token in added.items() if token.special)
+
+
 class Released(NamedTuple):
     """Tokens whose text is final, and how the choice finished, if it did."""
 

@@ -167,7 +167,7 @@ class Hub:
         if internal_id in self._open:
             self.counters["requests_started_twice"] += 1
             return
-        narrator = Narrator(started, self.model, self.label_of, self.tokenizer)
+        narrator = Narrator(started, self.model, self.label_of, self.senders.dense, self.tokenizer)
         trace = Trace(internal_id, started.request_id, started.choice, started.created)
         self.traces.open(trace)
         for name in trace.aliases:

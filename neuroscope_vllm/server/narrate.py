@@ -30,6 +30,8 @@ class Narrator:
     started: wire.RequestStarted
     model: str
     label_of: LabelOf
+    dense_of: Callable[[int], frozenset[int]]
+    """Dense features of a layer."""
     tokenizer: Tokenizer | None
     prompt_tokens: int = field(init=False)
     completion_tokens: int = field(init=False, default=0)
@@ -141,8 +143,9 @@ class Narrator:
 
     def _features(self, rows: LayerRows, row: int) -> list[events.Feature]:
         label_of, layer = self.label_of, rows.layer
+        dense = self.dense_of(layer)
         return [
-            events.Feature(index, label_of(layer, index), activation, score)
+            events.Feature(index, label_of(layer, index), activation, score, index in dense)
             for index, activation, score in zip(
                 rows.index[row], rows.activation[row], rows.score[row], strict=True
             )

@@ -29,6 +29,7 @@ class Senders:
 
     def __init__(self) -> None:
         self._senders: dict[str, Sender] = {}
+        self._dense: dict[int, frozenset[int]] = {}
 
     def hello(self, hello: wire.Hello, now: float) -> list[Sender]:
         """Refresh a sender; returns the lost ones that it takes the place of, as a server that
@@ -43,6 +44,7 @@ class Senders:
             for other in replaced:
                 del self._senders[other.hello.sender]
         self._senders[hello.sender] = Sender(hello, now)
+        self._dense |= {site.layer: frozenset(site.dense) for site in hello.sites}
         return replaced
 
     def excuse(self, pause: float) -> None:
@@ -64,6 +66,10 @@ class Senders:
         """What is observed, one site per layer, in layer order."""
         sites = {site.layer: site for s in self._senders.values() for site in s.hello.sites}
         return [sites[layer] for layer in sorted(sites)]
+
+    def dense(self, layer: int) -> frozenset[int]:
+        """Features of a layer that fire nearly everywhere."""
+        return self._dense.get(layer, frozenset())
 
     @property
     def heard_worker(self) -> bool:

@@ -1,7 +1,7 @@
 """What one reader wants to see of the events, and in which format.
 
-The plain view hands on the bytes every reader shares; only `top_k` and `align=predict` make new
-JSON.
+The plain view hands on the bytes every reader shares; only `top_k`, `dense` and `align=predict`
+make new JSON.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ class View:
     layer: int | None = None
     top_k: int | None = None
     align: Literal["self", "predict"] = "self"
+    dense: bool | None = None
+    """True: dense features alone; False: all others."""
 
     @property
     def opening(self) -> bytes:
@@ -40,7 +42,7 @@ class View:
     def render(self, batch: list[Event]) -> bytes:
         """Bytes of the events this reader wants; may be empty."""
         kept = [event for event in batch if self._wants(event)]
-        if self.align == "predict" or self.top_k is not None:
+        if self.align == "predict" or self.top_k is not None or self.dense is not None:
             kept = [self._altered(event) for event in kept]
         if self.style == "sse":
             return b"".join([event.frame for event in kept])
@@ -58,6 +60,8 @@ class View:
         token = _decoder.decode(event.json)
         if self.align == "predict":
             _shift(token, _previous(event))
+        if self.dense is not None:
+            token.top_features = [f for f in token.top_features if f.dense == self.dense]
         if self.top_k is not None:
             token.top_features = token.top_features[: self.top_k]
         json = events.encoder.encode(token)

@@ -35,6 +35,11 @@ def test_help_imports_nothing_heavy() -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_the_seeds_input_is_offered_and_described() -> None:
+    _, out, _ = run("serve", "--help")
+    assert "divided by their RMS first" in " ".join(out.split())
+
+
 def config_of(command: str) -> dict[str, object]:
     words = shlex.split(command)
     return json.loads(words[words.index("--additional-config") + 1])

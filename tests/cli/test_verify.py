@@ -8,7 +8,6 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +17,8 @@ import pytest
 from neuroscope_vllm.core import launch
 from tests.server.side import start_side
 from tests.support.models import write_tiny_model
-from tests.support.served import SMALL, Served, bin_path, start_neuroscope
+from tests.support.served import Served, bin_path
 
-SHIFTED_ROWS = Path(__file__).parent.parent / "support" / "shifted_rows"
-# Prompts arrive in pieces beside running decodes, and the prefix cache is on.
-FLAGS = (*SMALL, "--enforce-eager", "--max-num-batched-tokens", "96", "--enable-prefix-caching")
 KEYS = [
     "requests",
     "tokens",
@@ -42,29 +38,6 @@ def verify(url: str, *words: str) -> subprocess.CompletedProcess[str]:
         check=False,
         timeout=400,
     )
-
-
-def serve(model: Path, sae: Path, log: Path, **env: str) -> Iterator[Served]:
-    server = start_neuroscope(model, sae, log, vllm_flags=FLAGS, env=env)
-    try:
-        yield server.wait_ready()
-    finally:
-        server.stop()
-
-
-@pytest.fixture(scope="module")
-def served(
-    tiny_llama: Path, tiny_sae: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Served]:
-    yield from serve(tiny_llama, tiny_sae, tmp_path_factory.mktemp("verify") / "right.log")
-
-
-@pytest.fixture(scope="module")
-def shifted(
-    tiny_llama: Path, tiny_sae: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Served]:
-    log = tmp_path_factory.mktemp("verify") / "shifted.log"
-    yield from serve(tiny_llama, tiny_sae, log, PYTHONPATH=str(SHIFTED_ROWS))
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from hypothesis import given
@@ -14,6 +15,7 @@ from neuroscope_vllm.core.audit import Answer, Audit, Verdict, audit
 from neuroscope_vllm.core.fit import Judge, Published, published
 from neuroscope_vllm.core.ranking import make_ranker
 from neuroscope_vllm.core.sae.encoder import TopKEncoder
+from neuroscope_vllm.core.sae.info import RMS
 from tests.core.conftest import build_rows, build_sae
 
 LAYERS = [5, 20]
@@ -215,15 +217,17 @@ def test_only_a_faultless_verdict_is_clean() -> None:
 class Setting:
     """Rows of an SAE, and what an encoder reports of them."""
 
-    def __init__(self, k: int = 6) -> None:
+    def __init__(self, k: int = 6, info: dict[str, Any] | None = None) -> None:
         self.sae = build_sae()
+        if info is not None:
+            changed = msgspec.structs.replace(self.sae.info, **info)
+            zeros = torch.zeros_like(self.sae.threshold)
+            self.sae = dataclasses.replace(self.sae, threshold=zeros, info=changed)
         self.residuals = build_rows(self.sae, 40)
         self.residuals[7] *= 100.0  # a sink
         ranker = make_ranker("activation", width=self.sae.width)
         ranker.mask[3] = True
-        self.judge = Judge(
-            self.sae, ranker, top_k=k, sink_norm=2000.0, rms_input=False, tolerance=1e-3
-        )
+        self.judge = Judge(self.sae, ranker, top_k=k, sink_norm=2000.0, tolerance=1e-3)
         top = TopKEncoder(self.sae, ranker, k).encode(self.residuals)
         self.events = [
             {
@@ -280,6 +284,29 @@ def test_wrong_features_do_not_fit(setting: Setting, spoil: Any) -> None:
     row = setting.full[0]
     spoil(setting.events[row]["top_features"])
     assert setting.wrong() == [row]
+
+
+@pytest.mark.parametrize(
+    "info", [{"k": 4}, {"k": 20}, {"input_norm": "layer_norm"}, {"input_norm": RMS, "k": 9}]
+)
+def test_features_of_saes_that_are_more_than_a_threshold_fit(info: dict[str, Any]) -> None:
+    setting = Setting(info=info)
+    assert setting.wrong() == []
+    assert float(setting.judge.fit(setting.rows(), setting.residuals).error.max()) < 1e-4
+    setting.events[3]["l0"] += 1
+    setting.events[5]["top_features"].pop(0)
+    setting.events[8] = setting.events[9]
+    assert setting.wrong() == [3, 5, 8]
+
+
+def test_features_beyond_the_k_largest_do_not_fit() -> None:
+    keeps_four, keeps_six = Setting(info={"k": 4}), Setting(info={"k": 6})
+    six = [i for i, event in enumerate(keeps_six.events) if len(event["top_features"]) > 4]
+    assert len(six) > 20
+    for event in keeps_six.events:
+        event["l0"] = min(event["l0"], 4)
+    keeps_four.events = keeps_six.events
+    assert keeps_four.wrong() == six
 
 
 @pytest.mark.parametrize("off", [-1, 1, 999_999])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +10,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.torch import save_file
 
-from neuroscope_vllm.core.calibration import NUM_BINS, Calibration, activation_position, edges
+from neuroscope_vllm.core.calibration import (
+    NUM_BINS,
+    SINK_MULTIPLE,
+    Calibration,
+    activation_position,
+    edges,
+)
 from neuroscope_vllm.core.errors import ConfigError
+from neuroscope_vllm.core.sae.sparse import Reconstruction, firings_of
 
 WIDTH = 6
 TENSORS = ("firings", "total", "total_square", "maximum", "histogram", "norm_histogram")
@@ -30,7 +39,7 @@ def activations(n: int, seed: int = 0) -> torch.Tensor:
 def measured(*batches: torch.Tensor) -> Calibration:
     calibration = Calibration.empty(WIDTH)
     for batch in batches:
-        calibration.update(batch)
+        calibration.update(len(batch), firings_of(batch.float()))
         calibration.update_norms(batch.norm(dim=1) + 1)
     return calibration
 
@@ -100,8 +109,8 @@ def test_measurements_of_different_things_do_not_merge(name: str) -> None:
 def test_widths_must_agree() -> None:
     with pytest.raises(ConfigError, match="calibrations of width 4 and width 5 cannot be merged"):
         Calibration.empty(4).merge(Calibration.empty(5))
-    with pytest.raises(ConfigError, match="activations of 6 features were given to a calibration"):
-        Calibration.empty(4).update(activations(2))
+    with pytest.raises(ConfigError, match=r"feature \d were given to a calibration of 4 features"):
+        Calibration.empty(4).update(2, firings_of(activations(2)))
 
 
 def test_the_median_norm_is_good_to_one_percent_and_ignores_sinks() -> None:
@@ -110,8 +119,7 @@ def test_the_median_norm_is_good_to_one_percent_and_ignores_sinks() -> None:
     calibration = Calibration.empty(WIDTH)
     calibration.update_norms(norms)
     assert calibration.median_norm == pytest.approx(float(norms.median()), rel=0.011)
-    assert calibration.sink_norm == 6 * calibration.median_norm
-    assert (norms > calibration.sink_norm).sum() == 20
+    assert (norms > SINK_MULTIPLE * calibration.median_norm).sum() == 20
 
 
 def test_an_empty_calibration_divides_by_nothing() -> None:
@@ -128,29 +136,89 @@ def test_bf16_activations_are_counted_as_they_are() -> None:
     np.testing.assert_allclose(measured(f).total, f.double().sum(dim=0))
 
 
-def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
-    saved = measured(activations(30))
-    saved.sae, saved.model, saved.corpus, saved.created = "s", "m", "wikitext", "2026-01-02"
-    saved.save(tmp_path / "c.safetensors")
-    loaded = Calibration.load(tmp_path / "c.safetensors")
+def full(tokens: int = 30) -> Calibration:
+    """With every field filled."""
+    calibration = measured(activations(tokens))
+    calibration.sae, calibration.model = "s", "m"
+    calibration.corpus, calibration.created = "wikitext", "2026-01-02"
+    calibration.sinks, calibration.sink_norm = 3, 1432.4321
+    calibration.reconstruction = Reconstruction.empty(4)
+    x = torch.randn(tokens, 4, generator=torch.Generator().manual_seed(0))
+    calibration.reconstruction.add(x, x * 0.9, int(calibration.firings.sum()))
+    return calibration
+
+
+def assert_equal(first: Calibration, second: Calibration) -> None:
+    """To the bit."""
     for name in TENSORS:
-        torch.testing.assert_close(getattr(loaded, name), getattr(saved, name), rtol=0, atol=0)
-    texts = (loaded.tokens, loaded.sae, loaded.model, loaded.corpus, loaded.created)
-    assert texts == (30, "s", "m", "wikitext", "2026-01-02")
+        torch.testing.assert_close(getattr(first, name), getattr(second, name), rtol=0, atol=0)
+    for name in ("tokens", "sinks", "sink_norm", "sae", "model", "corpus", "created"):
+        assert getattr(first, name) == getattr(second, name), name
+    assert (first.reconstruction is None) == (second.reconstruction is None)
+    if first.reconstruction is not None and second.reconstruction is not None:
+        assert first.reconstruction.squared_error == second.reconstruction.squared_error
+        assert first.reconstruction.fvu == second.reconstruction.fvu
+        assert first.reconstruction.l0 == second.reconstruction.l0
+
+
+def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
+    path = tmp_path / "made" / "on the way" / "c.safetensors"
+    full().save(path)
+    assert_equal(Calibration.load(path), full())
+    measured(activations(5)).save(path)
+    assert_equal(Calibration.load(path), measured(activations(5)))
+    assert [file.name for file in path.parent.iterdir()] == ["c.safetensors"]
+
+
+def test_the_reconstruction_merges_where_both_have_one() -> None:
+    whole = full().merge(full())
+    assert whole.reconstruction is not None
+    assert whole.reconstruction.fvu == pytest.approx(0.01, rel=0.1)
+    assert full().merge(replace(full(), reconstruction=None)).reconstruction is None
+
+
+@settings(max_examples=200)
+@given(st.binary(max_size=200) | st.integers(0, 9999))
+def test_damaged_files_are_refused(damage: bytes | int) -> None:
+    data = full().to_bytes()
+    broken = damage if isinstance(damage, bytes) else data[: damage % len(data)]
+    with pytest.raises(ConfigError):
+        Calibration.from_bytes(broken)
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "why"),
+    [
+        ("total", torch.full((WIDTH,), float("nan"), dtype=torch.float64), "not finite"),
+        ("firings", torch.full((WIDTH,), -1), "negative"),
+        ("maximum", torch.zeros(WIDTH, dtype=torch.float64), "its maximum is torch.float64"),
+        ("histogram", torch.zeros(WIDTH, 3, dtype=torch.int64), r"its histogram is .* \[6, 3\]"),
+        ("norm_histogram", None, "no tensor 'norm_histogram'"),
+    ],
+)
+def test_wrong_tensors_are_refused(
+    tmp_path: Path, name: str, tensor: torch.Tensor | None, why: str
+) -> None:
+    path = tmp_path / "c.safetensors"
+    full().save(path)
+    with safe_open(path, "pt") as file:
+        metadata, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    del tensors[name]
+    save_file(tensors | ({} if tensor is None else {name: tensor}), path, metadata)
+    with pytest.raises(ConfigError, match=f"c.safetensors can not be used: .*{why}"):
+        Calibration.load(path)
 
 
 def test_other_files_are_not_calibrations(tmp_path: Path) -> None:
     path = tmp_path / "c.safetensors"
-    with pytest.raises(ConfigError, match="does not exist; make one with"):
+    with pytest.raises(ConfigError, match=r"can not be read \(No such file.*neuroscope calibrate"):
         Calibration.load(path)
     path.write_text("hello")
-    with pytest.raises(ConfigError, match="cannot be read"):
+    with pytest.raises(ConfigError, match="it is not a safetensors file"):
         Calibration.load(path)
     save_file({"x": torch.zeros(1)}, path)
-    with pytest.raises(ConfigError, match=r"not a calibration of version 1 \(it says nothing\);"):
+    with pytest.raises(ConfigError, match="it is of version none, not 2"):
         Calibration.load(path)
     save_file({"x": torch.zeros(1)}, path, {"neuroscope_calibration": "7"})
-    with pytest.raises(
-        ConfigError, match=r"not a calibration of version 1 \(it says 7\); make one"
-    ):
+    with pytest.raises(ConfigError, match="it is of version 7, not 2"):
         Calibration.load(path)

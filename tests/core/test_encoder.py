@@ -5,67 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from neuroscope_vllm.core.calibration import Calibration
 from neuroscope_vllm.core.errors import ConfigError, SAEError
-from neuroscope_vllm.core.ranking import RANKINGS, Ranker, make_ranker
+from neuroscope_vllm.core.ranking import RANKINGS, make_ranker
 from neuroscope_vllm.core.sae import encoder as module
-from neuroscope_vllm.core.sae import load_sae
-from neuroscope_vllm.core.sae.encoder import TopK, TopKEncoder, top_of_blocks
+from neuroscope_vllm.core.sae.encoder import TopKEncoder, top_of_blocks
 from neuroscope_vllm.core.sae.sae import SAE
-from tests.support.saes import randomise, rows
+from tests.support.encoding import Bench, LargestResult, by_hand, keeping, membership
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # SAELens' own imports
-ROWS = 1500
-
-
-class Bench:
-    """An SAE of 2,048 features that fires like a real one, and its calibration."""
-
-    def __init__(self, make_sae: Callable[..., SAE], make_rows: Callable[..., Tensor]) -> None:
-        self.sae = make_sae(d_model=256, width=2048)
-        self.x = make_rows(self.sae, ROWS)
-        self.f = self.sae.encode(self.x)
-        self.calibration = Calibration.empty(2048)
-        self.calibration.update(self.sae.encode(make_rows(self.sae, 2 * ROWS)))
-
-    def ranker(self, method: str) -> Ranker:
-        """Masks the handful that fire on more than a tenth of the rows."""
-        return make_ranker(method, self.calibration, 0.1)
-
-    def reference(self, ranker: Ranker, k: int) -> TopK:
-        index = torch.arange(self.sae.width).expand_as(self.f)
-        shown = (self.f > 0) & ~ranker.mask
-        score = torch.where(shown, ranker.score(index, self.f), float("-inf"))
-        score, index = score.topk(k)
-        padded = score == float("-inf")
-        return TopK(
-            index.masked_fill(padded, -1).int(),
-            self.f.gather(1, index).masked_fill(padded, 0.0),
-            score.masked_fill(padded, 0.0),
-            (self.f > 0).sum(dim=1).int(),
-        )
 
 
 @pytest.fixture(scope="module")
 def bench() -> Bench:
-    from tests.core.conftest import build_rows, build_sae
-
-    return Bench(build_sae, build_rows)
-
-
-def membership(ours: TopK, reference: TopK) -> float:
-    """Fraction of the reference's features that are among ours."""
-    same = (reference.index[:, :, None] == ours.index[:, None, :]).any(dim=2)
-    return float(same.float().mean())
+    return Bench.realistic()
 
 
 def test_the_rows_are_as_dense_as_gemma_scopes(bench: Bench) -> None:
@@ -103,12 +61,8 @@ def test_bf16_selection_agrees_and_its_values_are_exact(bench: Bench, method: st
 
 def test_dense_rows_keep_their_best_in_the_pool(make_sae, make_rows) -> None:
     sae = make_sae(d_model=256, width=2048, threshold=3.0)
-    calibration = Calibration.empty(2048)
-    calibration.update(sae.encode(make_rows(sae, 2000)))
-    ranker = make_ranker("tail", calibration)
-    dense = object.__new__(Bench)
-    dense.sae, dense.x = sae, make_rows(sae, 500)
-    dense.f = sae.encode(dense.x)
+    dense = Bench(sae, make_rows(sae, 500))
+    ranker = make_ranker("tail", dense.calibration)
     assert (dense.f > 0).sum(dim=1).float().mean() > 2 * module.POOL
     ours = TopKEncoder(sae, ranker).encode(dense.x)
     assert membership(ours, dense.reference(ranker, 8)) >= 0.995
@@ -123,14 +77,6 @@ def test_without_oneDNN_the_plain_matmul_agrees(
     plain = TopKEncoder(bench.sae, ranker).encode(bench.x)
     torch.testing.assert_close(plain.score, packed.score)
     assert membership(plain, packed) > 0.9995
-
-
-def by_hand(threshold: Tensor) -> SAE:
-    """Eight features that each read one of eight dimensions."""
-    from tests.core.conftest import build_sae
-
-    like, eye = build_sae(8, 8), torch.eye(8)
-    return SAE(eye, torch.zeros(8), threshold, eye, torch.zeros(8), like.info)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -209,23 +155,6 @@ def test_results_are_not_overwritten_by_the_next_call(bench: Bench) -> None:
     assert all(torch.equal(a, b) for a, b in zip(first, kept, strict=True))
 
 
-class LargestResult(TorchDispatchMode):
-    """The largest tensor that any op returns, and the names of the ops."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.nbytes = 0
-        self.ops: set[str] = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        self.ops.add(str(func))
-        for value in result if isinstance(result, tuple) else (result,):
-            if isinstance(value, Tensor):
-                self.nbytes = max(self.nbytes, value.numel() * value.itemsize)
-        return result
-
-
 @pytest.mark.parametrize("select_dtype", [torch.float32, torch.bfloat16])
 def test_a_wide_sae_stays_within_its_chunk(make_sae, select_dtype: torch.dtype) -> None:
     sae = make_sae(d_model=8, width=131072, threshold=2.0)
@@ -242,8 +171,7 @@ def test_nothing_is_read_back_from_the_device(bench: Bench, method: str) -> None
     encoder = TopKEncoder(bench.sae, bench.ranker(method))
     with LargestResult() as seen:
         encoder.encode(bench.x[:16])
-    reads = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero")
-    assert not [op for op in seen.ops if any(read in op for read in reads)]
+    assert not seen.read_back()
 
 
 @pytest.mark.parametrize("width", [1, 7, 100, 4096, 6144, 16384])
@@ -259,33 +187,14 @@ def test_top_of_blocks_is_topk(width: int, m: int) -> None:
     assert all(len(set(row)) == m for row in top_of_blocks(ties, m)[1].tolist())
 
 
-def test_a_gated_sae_runs_as_the_jumprelu_it_is(tmp_path: Path) -> None:
-    from sae_lens import GatedSAE, GatedSAEConfig
-
-    theirs = GatedSAE(GatedSAEConfig(d_in=32, d_sae=256))
-    randomise(theirs)
-    theirs.save_model(tmp_path)
-    x = rows(d_model=32)
-    with torch.no_grad():
-        best = theirs.encode(x).topk(8)
-    for dtype, agree in ((torch.float32, 0.9995), (torch.bfloat16, 0.98)):
-        ranker = make_ranker("activation", width=256)
-        out = TopKEncoder(load_sae(tmp_path), ranker, select_dtype=dtype).encode(x)
-        same = (out.index[:, :, None] == best.indices[:, None, :]).any(dim=2)
-        assert same.float().mean() > agree
-        torch.testing.assert_close(out.activation[:, 0], best.values[:, 0], rtol=1e-5, atol=1e-5)
-
-
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"k": 4}, "keeps the 4 largest features of each token"),
-        ({"input_norm": "layer_norm"}, "normalises each token by itself"),
         ({"hook_point": "blocks.2.hook_mlp_out"}, "reads blocks.2.hook_mlp_out, but a server"),
         ({"output_point": "mlp"}, "is a transcoder"),
     ],
 )
-def test_what_is_no_threshold_over_residuals_is_refused(
+def test_what_does_not_reconstruct_the_residual_stream_is_refused(
     make_sae: Callable[..., SAE], changes: dict[str, Any], says: str
 ) -> None:
     sae = make_sae(8, 16)
@@ -302,6 +211,9 @@ def test_bad_settings_are_refused(make_sae) -> None:
             build(k)
     with pytest.raises(ConfigError, match="7 candidates cannot give the top 8; give at least 8"):
         build(8, candidates=7)
+    largest = keeping(sae, 12)
+    with pytest.raises(ConfigError, match="9 candidates cannot give the top 12"):
+        TopKEncoder(largest, make_ranker("activation", width=16), 8, candidates=9)
     with pytest.raises(ConfigError, match="float16 is not float32 or bfloat16"):
         build(8, select_dtype=torch.float16)
     with pytest.raises(ConfigError, match="the ranker has 15 features but the SAE has 16"):

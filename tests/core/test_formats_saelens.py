@@ -10,7 +10,7 @@ import torch
 
 from neuroscope_vllm.core.errors import SAEError
 from neuroscope_vllm.core.sae import load_sae, read_sae_info
-from neuroscope_vllm.core.sae.info import check_served
+from neuroscope_vllm.core.sae.info import check_fits, check_served
 from tests.support.saes import (
     D_MODEL,
     WIDTH,
@@ -112,26 +112,15 @@ def test_a_normalised_sae_needs_the_rows_to_decode(tmp_path: Path) -> None:
     assert sae.fvu(rows()) > 0
 
 
-@pytest.mark.parametrize(
-    ("architecture", "config", "says"),
-    [
-        ("topk", {}, "keeps the 5 largest features of each token .topk., but a server decides by"),
-        ("standard", {"normalize_activations": "layer_norm"}, "each token by itself .layer_norm."),
-        ("jumprelu", {"normalize_activations": "constant_norm_rescale"}, "encodes raw residuals"),
-    ],
-)
-def test_what_a_threshold_cannot_say_is_for_the_library_alone(
-    tmp_path: Path, architecture: str, config: dict[str, str], says: str
+@pytest.mark.parametrize("normalize", ["none", *BY_ROW])
+@pytest.mark.parametrize("architecture", KINDS)
+def test_whatever_reads_the_residual_stream_is_served(
+    tmp_path: Path, architecture: str, normalize: str
 ) -> None:
-    reference(architecture, **config).save_model(tmp_path)
-    with pytest.raises(SAEError, match=says):
-        check_served(read_sae_info(tmp_path))
-
-
-@pytest.mark.parametrize("architecture", ["standard", "jumprelu", "gated"])
-def test_what_a_threshold_can_say_is_served(tmp_path: Path, architecture: str) -> None:
-    reference(architecture).save_model(tmp_path)
-    check_served(read_sae_info(tmp_path))
+    reference(architecture, normalize_activations=normalize).save_model(tmp_path)
+    info = read_sae_info(tmp_path)
+    check_fits(info, d_model=D_MODEL, num_layers=26, layer=20)
+    assert info.input_norm == (None if normalize == "none" else normalize)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import torch
 from neuroscope_vllm.core.calibration import Calibration
 from neuroscope_vllm.core.errors import ConfigError
 from neuroscope_vllm.core.ranking import RANKINGS, make_ranker
+from neuroscope_vllm.core.sae.sparse import firings_of
 
 TOKENS = 100_000
 ALWAYS, COMMON, RARE, ONCE, NEVER = range(5)
@@ -25,7 +26,7 @@ def calibration() -> Calibration:
         firings = round(frequency * TOKENS)
         f[:firings, feature] = torch.empty(firings).exponential_(1 / 8, generator=draw) + 4
     measured = Calibration.empty(len(FREQUENCIES))
-    measured.update(f)
+    measured.update(len(f), firings_of(f))
     return measured
 
 

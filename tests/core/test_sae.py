@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -75,6 +76,54 @@ def test_fvu_is_zero_for_a_perfect_reconstruction_and_one_for_the_mean() -> None
     )
     assert silent.fvu(x) == pytest.approx(1.0)
     assert silent.l0(x) == 0.0
+
+
+def test_a_fixed_scalar_folds_into_the_parameters_as_gemma_scope_says(make_sae, make_rows) -> None:
+    """arXiv 2408.05147, appendix A: trained on x / C with b_dec subtracted, released for x."""
+    trained, C = make_sae(), 7.5
+    x = make_rows(trained, 200) * C
+    draw = torch.Generator().manual_seed(0)
+    b_dec = torch.randn(trained.d_model, generator=draw)
+    normalised = x / C
+    pre = (normalised - b_dec) @ trained.W_enc + trained.b_enc
+    f = torch.where(pre > trained.threshold, pre.relu(), 0.0)
+    decoded = f @ trained.W_dec + b_dec
+
+    released = replace(
+        trained,
+        b_enc=C * trained.b_enc - C * (b_dec @ trained.W_enc),
+        b_dec=C * b_dec,
+        threshold=C * trained.threshold,
+    )
+    ours = released.encode(x)
+    torch.testing.assert_close(ours, C * f, rtol=1e-5, atol=1e-3)
+    assert 10 < (f > 0).sum() / len(f) < 200
+    torch.testing.assert_close(released.decode(ours), C * decoded, rtol=1e-5, atol=1e-2)
+    assert released.fvu(x) == pytest.approx(
+        float(
+            (normalised - decoded).square().sum() / (normalised - normalised.mean(0)).square().sum()
+        ),
+        rel=1e-4,
+    )
+    # Dividing released parameters' input once more is another function: here hardly anything fires.
+    assert released.l0(normalised) < 0.2 * released.l0(x)
+
+
+def test_reading_rms_is_dividing_by_it_first(make_sae, make_rows) -> None:
+    """`sae_input` rms, the seed's: the same parameters, and a decoder that gives the RMS back."""
+    sae = make_sae(threshold=1.0)
+    x = make_rows(sae, 50)
+    rms = x.square().mean(dim=1, keepdim=True).sqrt()
+    f = sae.encode(x / rms)
+    assert (f > 0).any()
+    reading = sae.reading_rms()
+    torch.testing.assert_close(reading.encode(x), f)
+    torch.testing.assert_close(reading.encode(x * 40), f)
+    torch.testing.assert_close(reading.decode(f, of=x), sae.decode(f) * rms)
+    assert reading.W_enc is sae.W_enc
+    assert sae.info.input_norm is None
+    # Where each row is normalised already, its scale makes no difference.
+    assert reading.reading_rms() is reading
 
 
 @pytest.mark.parametrize(

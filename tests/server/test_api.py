@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
 import pytest
 
 from neuroscope_vllm.core import launch, wire
 from neuroscope_vllm.core.config import Settings
 from neuroscope_vllm.core.errors import ConfigError
+from neuroscope_vllm.core.labels import Label, LabelSet
 from neuroscope_vllm.engine.fake import FakeEngine, Script
 from tests.server.side import Side
 
@@ -25,9 +30,72 @@ def test_labels(side: Side, engine: FakeEngine):
     assert ([one["index"] for one in page["data"]], page["total"]) == ([9], 3)
     assert side.get("/v1/features/labels?layer=20").json()["total"] == 3
     assert side.get("/v1/features/labels?layer=12").json()["total"] == 0
+    assert everything["data"][0] == {
+        "layer": 20,
+        "index": 5,
+        "text": "capital cities",
+        "labeller": "test",
+        "score": None,
+        "method": None,
+        "model": None,
+        "created": None,
+        "examples": None,
+        "author": None,
+    }
+    both = side.get("/v1/features/labels?index=9&q=capital").json()
+    assert [one["index"] for one in both["data"]] == [9]
     missing = side.get("/v1/features/labels?labeller=nobody")
     assert missing.status_code == 404
     assert "loaded: test" in missing.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    "query",
+    ["", '"', "OR", "*", "(", "NEAR(a", "text:x", "'; DROP TABLE found", "\0", "漢字", "^"],
+)
+def test_any_query_is_answered(side: Side, engine: FakeEngine, query: str):
+    answer = side.get("/v1/features/labels", params={"q": query})
+    assert (answer.status_code, answer.json()) == (200, {"data": [], "total": 0})
+
+
+def test_searches_at_the_same_time_do_not_disturb_each_other(side: Side, engine: FakeEngine):
+    def search(i: int) -> bool:
+        word, found = [("capital", [5, 9]), ("river", [7]), ("letter", [9])][i % 3]
+        answer = side.get("/v1/features/labels", params={"q": word}).json()
+        return [one["index"] for one in answer["data"]] == found
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(search, range(60)))
+
+
+def test_the_first_labeller_that_knows_a_feature_names_it(
+    new_side: Callable[..., Side], tmp_path: Path
+):
+    scored = [
+        Label(i, f"scored {i}", "scored", 0.9, examples=20, author="ann") for i in range(8192)
+    ]
+    tokens = [Label(i, f"tokens {i}", "tokens") for i in range(16384)]
+    sae = tmp_path / "sae"
+    LabelSet("scored", scored).save(sae / "labels" / "scored.jsonl")
+    LabelSet("tokens", tokens).save(sae / "labels" / "tokens.jsonl")
+    labels = launch.label_files(Settings(sae=[str(sae)]), [20])
+    gone = tmp_path / "gone.jsonl"
+    side = new_side(labels={20: [str(gone), *labels[20]]})  # removed since it was found
+    with FakeEngine(side.endpoint, layers=(20,), top_k=4) as engine:
+        side.wait_armed()
+        engine.run("two", list(range(0, 520, 13)), [1])
+        side.wait_done("two")
+        events = [event for event in side.read("two") if event["event"] == "prompt"]
+    shown = {one["index"]: one["label"] for event in events for one in event["top_features"]}
+    assert {index < 8192 for index in shown} == {True, False}
+    for index, label in shown.items():
+        assert label == (f"scored {index}" if index < 8192 else f"tokens {index}")
+    found = side.get("/v1/features/labels?index=7").json()["data"]
+    assert [(one["labeller"], one["examples"], one["author"]) for one in found] == [
+        ("scored", 20, "ann"),
+        ("tokens", None, None),
+    ]
+    assert side.get("/v1/features/labels?labeller=tokens&q=7").json()["total"] > 1000
 
 
 def test_events_carry_labels(side: Side, engine: FakeEngine):

@@ -11,7 +11,7 @@ import httpx
 import pytest
 from tokenizers import Tokenizer
 
-from neuroscope_vllm.engine.fake import FakeEngine, Script, features_of, l0_of
+from neuroscope_vllm.engine.fake import DENSE, FakeEngine, Script, features_of, l0_of
 from tests.server.side import Side, wait_until
 
 PROMPT = list(b"The sea: ")
@@ -304,6 +304,20 @@ def test_sse_frames(side: Side, engine: FakeEngine):
     assert answer.headers["content-type"].startswith("text/event-stream")
     assert answer.headers["cache-control"] == "no-store"
     assert answer.text.startswith("retry: 3000\n\nid: ")
+
+
+def test_dense_features_are_tagged_and_have_a_view_of_their_own(side: Side, engine: FakeEngine):
+    engine.run("tagged", [5, 6, 7], [8, 9])
+    told, alone, others = (
+        tokens(side.read("tagged", **query)) for query in ({}, {"dense": True}, {"dense": False})
+    )
+    tags = [f.get("dense", False) for e in told for f in e["top_features"]]
+    assert tags == [f["index"] in DENSE for e in told for f in e["top_features"]]
+    assert any(tags)
+    assert not all(tags)
+    for every, dense, rest in zip(told, alone, others, strict=True):
+        assert dense["top_features"] == [f for f in every["top_features"] if f.get("dense")]
+        assert rest["top_features"] == [f for f in every["top_features"] if not f.get("dense")]
 
 
 def test_include_top_k_and_predict(side: Side, engine: FakeEngine):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,15 +14,15 @@ from tokenizers import models as tokenizer_models
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
+    Gemma3Config,
+    Gemma3TextConfig,
     LlamaConfig,
+    PreTrainedConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
 )
 
 from neuroscope_vllm.core.calibration import (
-    NORM_BINS_PER_OCTAVE,
-    NORM_LOG2_MIN,
-    SINK_MULTIPLE,
     Calibration,
 )
 
@@ -37,6 +37,14 @@ TRAINING_TEXT = [
     "What a lovely day! How are you feeling, my friend? I am happy 😀 and a little tired.",
     "你好，世界。 مرحبا بالعالم. Привет, мир. 1234567890 + 42 = ?",
 ] * 4
+TINY_VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 1,
+    "image_size": 56,
+    "patch_size": 14,
+}
 
 
 def write_tokenizer(folder: Path, vocab_size: int = 512) -> PreTrainedTokenizerFast:
@@ -64,12 +72,28 @@ def write_tokenizer(folder: Path, vocab_size: int = 512) -> PreTrainedTokenizerF
 
 
 def write_tiny_model(
-    folder: Path, family: str, *, d_model: int = 64, layers: int = 26, seed: int = 0
+    folder: Path,
+    family: str,
+    *,
+    d_model: int = 64,
+    layers: int = 26,
+    seed: int = 0,
+    **settings: Any,
 ) -> Path:
-    """Float32, random, with a tokenizer. `family`: "gemma2", "llama" or "qwen2"."""
+    """Float32, random, with a tokenizer.
+
+    Args:
+        family: "gemma2", "gemma3", "gemma3-multimodal", "llama" or "qwen2".
+        settings: More of its configuration (of its text model's), or other values of it.
+    """
     folder.mkdir(parents=True)
     tokenizer = write_tokenizer(folder)
-    shared = {
+    special = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    shape = {
         "vocab_size": len(tokenizer),
         "hidden_size": d_model,
         "intermediate_size": 2 * d_model,
@@ -78,22 +102,31 @@ def write_tiny_model(
         "num_key_value_heads": 1,
         "head_dim": 32,
         "max_position_embeddings": 2048,
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
         # Larger than the default 0.02, so that layers matter and tokens differ.
         "initializer_range": 0.08,
     }
-    if family == "qwen2":
-        config = Qwen2Config(**shared)
-    elif family == "gemma2":
-        config = Gemma2Config(**shared, query_pre_attn_scalar=32, sliding_window=512)
-    else:
-        config = LlamaConfig(**shared)
+    config = _config(family, {**shape, **special, **settings}, special)
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.save_pretrained(folder)
     return folder
+
+
+def _config(family: str, settings: dict[str, Any], special: dict[str, Any]) -> PreTrainedConfig:
+    if family == "qwen2":
+        return Qwen2Config(**settings)
+    if family == "gemma2":
+        return Gemma2Config(**{"query_pre_attn_scalar": 32, "sliding_window": 512} | settings)
+    if family in ("gemma3", "gemma3-multimodal"):
+        text = Gemma3TextConfig(**{"query_pre_attn_scalar": 32} | settings)
+        if family == "gemma3":
+            return text
+        # The ids of images must lie within the little vocabulary; texts of tests do without them.
+        ids = {"boi_token_index": 470, "eoi_token_index": 471, "image_token_index": 472}
+        return Gemma3Config(
+            text_config=text, vision_config=TINY_VISION, mm_tokens_per_image=4, **ids, **special
+        )
+    return LlamaConfig(**settings)
 
 
 def write_saelens_sae(
@@ -145,9 +178,7 @@ def write_gemma_scope_sae(folder: Path, *, d_model: int, width: int, seed: int =
 
 def write_calibration(path: Path, *, width: int, sink_norm: float) -> Path:
     """A calibration that knows of no feature, and calls residuals above `sink_norm` sinks."""
-    calibration = Calibration.empty(width)
+    calibration = Calibration.empty(width, sink_norm=sink_norm)
     calibration.tokens = 1000
-    octaves = math.log2(sink_norm / SINK_MULTIPLE) - NORM_LOG2_MIN
-    calibration.norm_histogram[round(octaves * NORM_BINS_PER_OCTAVE)] = 1000
     calibration.save(path)
     return path

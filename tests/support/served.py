@@ -17,6 +17,8 @@ from typing import Any
 
 import httpx
 
+from neuroscope_vllm.core.config import without_settings
+
 TRITON_CPU = Path(__file__).parent / "triton_cpu"
 V2_ON_CPU = {
     "TRITON_INTERPRET": "1",
@@ -38,8 +40,8 @@ def free_port() -> int:
 
 
 def environment(extra: dict[str, str] | None = None) -> dict[str, str]:
-    """The caller's environment without any NEUROSCOPE_*, sized for a small machine."""
-    clean = {k: v for k, v in os.environ.items() if not k.startswith("NEUROSCOPE_")}
+    """The caller's environment without any setting of ours, sized for a small machine."""
+    clean = without_settings(os.environ)
     return {**clean, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", **(extra or {})}
 
 

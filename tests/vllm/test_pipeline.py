@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pytest
 import torch
 
 from neuroscope_vllm.core.ranking import make_ranker
@@ -11,12 +14,13 @@ from neuroscope_vllm.core.sae import load_sae
 from neuroscope_vllm.core.sae.encoder import TopKEncoder
 from neuroscope_vllm.engine.vllm.pipeline import EncodePipeline, LayerEncoder
 from neuroscope_vllm.engine.vllm.step import StepView
+from tests.support.saes import randomise, rows
 
 
 def test_failures_are_counted_and_shown_and_pass(tiny_sae: Any) -> None:
     sae = load_sae(tiny_sae)
     topk = TopKEncoder(sae, make_ranker("activation", width=sae.width), k=4)
-    encoder = LayerEncoder(20, torch.randn(8, 64) * 10, topk, None, False)
+    encoder = LayerEncoder(20, torch.randn(8, 64) * 10, topk, None)
     sent: list[Any] = []
     pipeline = EncodePipeline([encoder], sent.append, engine="e", num_layers=1, max_pending_rows=64)
     rows = torch.arange(3)
@@ -29,3 +33,47 @@ def test_failures_are_counted_and_shown_and_pass(tiny_sae: Any) -> None:
     assert not pipeline.failing
     assert pipeline.counters["rows_encoded"] == 3
     assert [(s.internal_id, s.start, s.stop) for s in sent[0].spans] == [("a", 0, 3)]
+
+
+@pytest.mark.parametrize("normalize", ["none", "constant_norm_rescale", "layer_norm"])
+@pytest.mark.parametrize("kind", ["TopK", "JumpReLU"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_leaves_the_worker_is_what_saelens_computes(
+    tmp_path: Path, kind: str, normalize: str, dtype: torch.dtype
+) -> None:
+    """Through the hook's buffer and the message, for SAEs that are more than a threshold."""
+    import sae_lens
+
+    more = {"k": 12} if kind == "TopK" else {}
+    config = getattr(sae_lens, f"{kind}SAEConfig")
+    theirs = getattr(sae_lens, f"{kind}SAE")(
+        config(d_in=32, d_sae=256, normalize_activations=normalize, **more)
+    )
+    randomise(theirs)
+    theirs.cfg.metadata.hook_name = "blocks.20.hook_resid_post"
+    theirs.save_model(tmp_path)
+    sae = load_sae(tmp_path)
+    topk = TopKEncoder(sae, make_ranker("activation", width=256), k=4, select_dtype=dtype)
+    buffer = rows(40, 32).to(dtype)
+    buffer[7] *= 1000  # a sink
+    sent: list[Any] = []
+    encoders = [LayerEncoder(20, buffer, topk, 500.0)]
+    pipeline = EncodePipeline(encoders, sent.append, engine="e", num_layers=1, max_pending_rows=64)
+    at = torch.arange(40)
+    pipeline.submit(StepView(["a"], [0, 40], positions=at, token_ids=at))
+    message = sent[0].layers[0]
+    index = np.frombuffer(message.index, np.int32).reshape(40, 4)
+    activation = np.frombuffer(message.activation, np.float32).reshape(40, 4)
+    with torch.no_grad():
+        f = theirs.encode(buffer.float())
+    best = f.topk(4).values
+    sink = torch.zeros(40, dtype=torch.bool)
+    sink[7] = True
+    assert np.frombuffer(message.sink, np.uint8).tolist() == sink.tolist()
+    assert (index[7] == -1).all()
+    shown = torch.from_numpy(activation.copy())[~sink]
+    torch.testing.assert_close(
+        shown, best[~sink], rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-5
+    )
+    if kind == "TopK":
+        assert np.frombuffer(message.l0, np.int32).tolist() == (f > 0).sum(dim=1).tolist()

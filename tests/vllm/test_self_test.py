@@ -23,6 +23,7 @@ from neuroscope_vllm.core.calibration import Calibration
 from neuroscope_vllm.core.ranking import make_ranker
 from neuroscope_vllm.core.sae import SAE, SAEInfo, load_sae
 from neuroscope_vllm.core.sae.encoder import TopKEncoder
+from neuroscope_vllm.core.sae.sparse import firings_of
 from neuroscope_vllm.engine.vllm.pipeline import LayerEncoder
 from neuroscope_vllm.engine.vllm.self_test import (
     MAX_TOKENS,
@@ -174,11 +175,9 @@ def _generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
 
 
-def probe(
-    sae: SAE, rows: Tensor, *, l0: float | None = 8.0, sink: float | None = None, rms: bool = False
-) -> Probe:
+def probe(sae: SAE, rows: Tensor, *, l0: float | None = 8.0, sink: float | None = None) -> Probe:
     topk = TopKEncoder(sae, make_ranker("activation", width=sae.width), k=4)
-    return Probe(LayerEncoder(20, rows, topk, sink, rms), sae, l0)
+    return Probe(LayerEncoder(20, rows, topk, sink), sae, l0)
 
 
 def test_rows_that_fit_pass(sae: SAE, rows: Tensor) -> None:
@@ -260,8 +259,10 @@ def test_sinks_and_the_first_position_are_left_out(sae: SAE, rows: Tensor) -> No
 def test_rms_input_is_normalised_as_the_encoder_does(sae: SAE, rows: Tensor) -> None:
     scaled = rows / rows.norm(dim=1, keepdim=True) * 32**0.5
     want = verdict(scaled, probe(sae, rows), known_text=True)
-    got = verdict(rows * 50, probe(sae, rows, rms=True), known_text=True)
+    got = verdict(scaled * 50, probe(sae.reading_rms(), rows), known_text=True)
     assert (got.l0, got.explained_variance) == (want.l0, want.explained_variance)
+    # Of rows of unequal size, what is explained is weighed by size.
+    assert verdict(rows * 50, probe(sae.reading_rms(), rows), known_text=True).l0 == want.l0
 
 
 def test_without_a_known_text_or_enough_of_it_there_are_no_figures(sae: SAE, rows: Tensor) -> None:
@@ -279,7 +280,8 @@ def test_expected_l0_comes_from_the_calibration_or_the_publishers_path(sae: SAE)
         width=16384,
     )
     calibration = Calibration.empty(32)
-    calibration.update(torch.tensor([[1.0] * 8 + [0.0] * 24, [1.0] * 4 + [0.0] * 28]))
+    firing = torch.tensor([[1.0] * 8 + [0.0] * 24, [1.0] * 4 + [0.0] * 28])
+    calibration.update(2, firings_of(firing))
     assert expected_l0(scope, None) == 71
     assert expected_l0(scope, calibration) == 6
     assert expected_l0(sae.info, None) is None

@@ -1,11 +1,13 @@
 """Which residual-stream SAE of Gemma Scope is meant by a model and a layer alone. Torch-free.
 
-A layer has several releases of a width, with different mean L0. The canonical one, which
-Neuronpedia shows, is the one whose mean L0 is closest to 100 (SAELens' `pretrained_saes.yaml`).
+A layer has several releases of a width, with different mean L0. The canonical one is the one that
+Neuronpedia shows: for Gemma 2 that whose mean L0 is closest to 100, for Gemma 3 that of medium L0
+(SAELens' `pretrained_saes.yaml`).
 """
 
 from __future__ import annotations
 
+import math
 import re
 
 from neuroscope_vllm.core.errors import SAEError
@@ -54,14 +56,33 @@ CANONICAL_L0: dict[str, dict[str, dict[int, int]]] = {
     },
     "gemma-scope-27b-pt-res": {"131k": {10: 106, 22: 82, 34: 72}},
 }
-_MODEL = re.compile(r"gemma-2-(2b|9b|27b)(-it)?", re.IGNORECASE)
+REPOSITORY = re.compile(r"gemma-scope-(2b|9b|27b)-(pt|it)-(\w+)")
+FOLDER = re.compile(r"layer_(\d+)/width_(\w+)/average_l0_(\d+)")
+"""In an address: the repository's name, and the folder of one SAE."""
+# Gemma Scope 2 has each of its widths, with three L0s, on four layers of each model. Of medium L0
+# (53 to 60) is the one that Neuronpedia shows.
+LAYERS_2: dict[str, tuple[int, ...]] = {
+    "270m": (5, 9, 12, 15),
+    "1b": (7, 13, 17, 22),
+    "4b": (9, 17, 22, 29),
+    "12b": (12, 24, 31, 41),
+    "27b": (16, 31, 40, 53),
+}
+WIDTHS_2 = ("16k", "65k", "262k", "1m")
+_GEMMA_2 = re.compile(r"gemma-2-(2b|9b|27b)(-it)?")
+_GEMMA_3 = re.compile(r"gemma-3-(270m|1b|4b|12b|27b)(?:-(pt|it))?")
+_SECOND = re.compile(
+    r"gemma-scope-2-(270m|1b|4b|12b|27b)-(pt|it)/resid_post/layer_(\d+)_width_(\w+?)_l0_medium(?!\w)"
+)
+_SHOWN = re.compile(r"(gemma-[23]-\w+(?:-it)?)/(\d+)-gemmascope-(?:2-)?res-(\w+)")
 
 
 def canonical_source(model: str, layer: int, width: str | None = None) -> str:
-    """The hub address of Gemma Scope's canonical SAE of a Gemma 2 model's layer.
+    """The hub address of Gemma Scope's canonical SAE of a Gemma 2 or Gemma 3 model's layer.
 
-    An instruction-tuned model gets the SAE trained on it where there is one (9b, layers 9, 20 and
-    31), and else its base model's, which transfers well (arXiv 2408.05147, 4.5).
+    An instruction-tuned Gemma 2 gets the SAE trained on it where there is one (9b, layers 9, 20 and
+    31), and else its base model's, which transfers well (arXiv 2408.05147, 4.5). Every Gemma 3 has
+    its own.
 
     Args:
         model: A name on the hub or a path that ends in one, such as `google/gemma-2-2b-it`.
@@ -70,30 +91,84 @@ def canonical_source(model: str, layer: int, width: str | None = None) -> str:
     Raises:
         SAEError: Gemma Scope has no such SAE.
     """
-    match = _MODEL.fullmatch(model.rstrip("/").rsplit("/", 1)[-1])
-    if match is None:
+    offered = _offered(model)
+    wide = width or next(iter(offered))
+    layers = offered.get(wide, {})
+    if layer not in layers:
         raise SAEError(
-            f"{SUITE} has no SAE of {model}; serve a Gemma 2 model (2b, 9b or 27b), or give the "
-            f"address of an SAE trained on this one."
+            f"{SUITE} has no SAE of width {wide} on layer {layer} of {model}; its layers of that "
+            f"width are {', '.join(map(str, layers)) or 'none'}, and its widths "
+            f"{', '.join(offered)}."
         )
-    size = match[1].lower()
-    repositories = [f"gemma-scope-{size}-pt-res"]
-    if match[2]:
-        repositories.insert(0, f"gemma-scope-{size}-it-res")
-    for repository in repositories:
-        suite = CANONICAL_L0.get(repository, {})
-        chosen = width or next(iter(suite), "")
-        if (l0 := suite.get(chosen, {}).get(layer)) is not None:
-            return f"hf://google/{repository}/layer_{layer}/width_{chosen}/average_l0_{l0}"
-    suite = CANONICAL_L0[repositories[-1]]
-    wide = width or next(iter(suite))
-    layers = ", ".join(map(str, suite.get(wide, {}))) or "none"
+    return layers[layer]
+
+
+def canonical_sources(model: str) -> dict[int, str]:
+    """`canonical_source` of each layer that has one, at the suite's narrowest width.
+
+    Raises:
+        SAEError: Gemma Scope has no SAE of the model.
+    """
+    return next(iter(_offered(model).values()))
+
+
+def _offered(model: str) -> dict[str, dict[int, str]]:
+    """Addresses of a model's canonical SAEs: {width: {layer: address}}, the narrowest first."""
+    name = model.rstrip("/").rsplit("/", 1)[-1].lower()
+    if match := _GEMMA_3.fullmatch(name):
+        size, kind = match[1], match[2] or "pt"
+        folder = f"hf://google/gemma-scope-2-{size}-{kind}/resid_post"
+        return {
+            width: {at: f"{folder}/layer_{at}_width_{width}_l0_medium" for at in LAYERS_2[size]}
+            for width in WIDTHS_2
+        }
+    if match := _GEMMA_2.fullmatch(name):
+        offered: dict[str, dict[int, str]] = {}
+        for kind in ("pt", "it") if match[2] else ("pt",):
+            repository = f"gemma-scope-{match[1]}-{kind}-res"
+            for width, l0s in CANONICAL_L0.get(repository, {}).items():
+                folder = f"hf://google/{repository}/layer_{{}}/width_{width}/average_l0_{{}}"
+                offered.setdefault(width, {}).update(
+                    {layer: folder.format(layer, l0) for layer, l0 in l0s.items()}
+                )
+        return offered
     raise SAEError(
-        f"{SUITE} has no SAE of width {wide} on layer {layer} of {model}; its layers of that width "
-        f"are {layers}, and its widths {', '.join(suite)}."
+        f"{SUITE} has no SAE of {model}; serve a Gemma 2 model (2b, 9b or 27b) or a Gemma 3 one "
+        f"(270m, 1b, 4b, 12b or 27b), or give the address of an SAE trained on this one."
     )
 
 
-def is_canonical(repository: str, layer: int, width: str, l0: int) -> bool:
-    """Whether a release is the canonical one of its layer and width."""
-    return CANONICAL_L0.get(repository, {}).get(width, {}).get(layer) == l0
+def neuronpedia_id(address: str) -> str | None:
+    """ "model/source" on Neuronpedia of a Gemma Scope SAE; None where the address does not tell.
+
+    Neuronpedia shows one SAE of each layer and width: the canonical one of Gemma Scope, and the one
+    of medium L0 of Gemma Scope 2 (SAELens' `pretrained_saes.yaml`).
+    """
+    if match := _SECOND.search(address):
+        size, kind, layer, width = match.groups()
+        return f"gemma-3-{size}{'-it' if kind == 'it' else ''}/{layer}-gemmascope-2-res-{width}"
+    repository, folder = REPOSITORY.search(address), FOLDER.search(address)
+    if repository is None or folder is None:
+        return None
+    layer, width, l0 = int(folder[1]), folder[2], int(folder[3])
+    if CANONICAL_L0.get(repository[0], {}).get(width, {}).get(layer) != l0:
+        return None
+    instructed = "-it" if repository[2] == "it" else ""
+    return f"gemma-2-{repository[1]}{instructed}/{layer}-gemmascope-{repository[3]}-{width}"
+
+
+def shown_source(identifier: str) -> str | None:
+    """The hub address of the Gemma Scope SAE that Neuronpedia shows as "model/source", if any."""
+    if (match := _SHOWN.fullmatch(identifier)) is None:
+        return None
+    try:
+        source = canonical_source(match[1], int(match[2]), match[3])
+    except SAEError:
+        return None
+    return source if neuronpedia_id(source) == identifier else None
+
+
+def features_of(width: str) -> int:
+    """Number of features of a width as repositories write it: a power of two, such as "131k"."""
+    thousands = int(width[:-1]) * {"k": 1, "m": 1000}[width[-1]]
+    return 1 << round(math.log2(thousands * 1000))

@@ -13,6 +13,9 @@ reported does not depend on the selection's precision.
                rows the line ranks well enough that the best few stay within it.
     exact      the `candidates` best are recomputed: fp32 rows of W_enc, strict threshold, score.
 
+An SAE that keeps the `info.k` largest of each row has the pre-activation itself selected, masked
+features included; which of the candidates are among those k, and how many, their exact values say.
+
 Shapes are fixed by n, and nothing is read back, so no step waits for a GPU. An encoder owns its
 buffers: use it from one thread (and one stream) at a time.
 """
@@ -27,11 +30,13 @@ from torch import Tensor
 from neuroscope_vllm.core.errors import ConfigError
 from neuroscope_vllm.core.ranking import Ranker
 from neuroscope_vllm.core.sae.info import check_served
-from neuroscope_vllm.core.sae.sae import SAE
+from neuroscope_vllm.core.sae.sae import SAE, normalise_rows
 
 POOL = 128
 SPARE_CANDIDATES = 4  # near-ties that bf16 may swap across the k-th place
+SPARE_SHARE = 4  # of a larger k, one in as many: the longer the list, the closer its last values
 SMALL_TOPK = 1 << 14  # elements; below, one topk costs less than the five ops around two
+PACK_ROWS = 1 << 15  # features packed at a time: never a second copy of a wide SAE
 GEMM_ALIGN = 8  # columns: 16 bytes of bf16, what a GPU GEMM wants of a row
 
 
@@ -43,7 +48,7 @@ class TopK(NamedTuple):
         activation: float32 [n, k], equal to a full fp32 encode; 0 where padded.
         score: float32 [n, k], by the ranker; 0 where padded.
         l0: int32 [n], active features, masked ones included; from the selection GEMM, so within
-            its rounding.
+            its rounding, but exact for an SAE that keeps the k largest of a row.
     """
 
     index: Tensor  # pyright: ignore[reportIncompatibleMethodOverride]  (tuple.index)
@@ -71,20 +76,22 @@ class TopKEncoder:
             ranker: Of the same width, on the same device.
             k: Features to report a row.
             select_dtype: float32 or bfloat16.
-            candidates: Features to recompute in fp32 a row; k + SPARE_CANDIDATES by default.
+            candidates: Features to recompute in fp32 a row; k, or the SAE's own k where that is
+                larger, and some to spare by default.
             max_chunk_bytes: Rows are taken in chunks whose temporaries stay under this.
 
         Raises:
             ConfigError: k or candidates out of range, a ranker of another width, or another dtype.
-            SAEError: The SAE is more than a threshold over raw residuals.
+            SAEError: The SAE reads something else than the residual stream, or is a transcoder.
         """
         check_served(sae.info)
         width, d_model = sae.width, sae.d_model
         if not 1 <= k <= width:
             raise ConfigError(f"top-k {k} is out of range; the SAE has {width} features.")
-        if candidates is not None and candidates < k:
+        least = max(k, sae.info.k or 0)
+        if candidates is not None and candidates < least:
             raise ConfigError(
-                f"{candidates} candidates cannot give the top {k}; give at least {k}."
+                f"{candidates} candidates cannot give the top {least}; give at least {least}."
             )
         if select_dtype not in (torch.float32, torch.bfloat16):
             raise ConfigError(f"select dtype {select_dtype} is not float32 or bfloat16; use one.")
@@ -97,20 +104,26 @@ class TopKEncoder:
         self._width = width
         self._d_model = d_model
         self._ranker = ranker
-        self._candidates = min(width, candidates or k + SPARE_CANDIDATES)
+        self._keep = sae.info.k
+        self._input_norm = sae.info.input_norm
+        spare = max(SPARE_CANDIDATES, (self._keep or 0) // SPARE_SHARE)
+        self._candidates = min(width, candidates or least + spare)
         self._pool = self._candidates if ranker.affine else min(width, max(POOL, self._candidates))
 
         self._rows = sae.W_enc.t().float().contiguous()  # [width, d_model], no copy when it is so
-        threshold = sae.threshold.float().clamp(min=0.0)
-        # A masked feature's threshold is never passed, whatever its approximate value was.
-        strict = threshold.masked_fill(ranker.mask, float("inf"))
-        self._bias_threshold = torch.stack([sae.b_enc.float(), strict], dim=1)
-
-        scale, shift = ranker.dense_scale()
-        self._line = torch.stack([scale, shift], dim=1)
-        self._offset = (scale * threshold + shift).masked_fill(ranker.mask, float("-inf"))
-        self._offset = self._offset.to(select_dtype)
-        self._gemm = _SelectionGemm(self._rows, scale, sae.b_enc.float() - threshold, select_dtype)
+        bias, threshold = sae.b_enc.float(), sae.threshold.float().clamp(min=0.0)
+        if self._keep is None:
+            # A masked feature's threshold is never passed, whatever its approximate value was.
+            strict = threshold.masked_fill(ranker.mask, float("inf"))
+            scale, shift = ranker.dense_scale()
+            self._line = torch.stack([scale, shift], dim=1)
+            offset = (scale * threshold + shift).masked_fill(ranker.mask, float("-inf"))
+            self._offset = offset.to(select_dtype)
+            self._gemm = _SelectionGemm(self._rows, scale, bias - threshold, select_dtype)
+        else:
+            strict = threshold
+            self._gemm = _SelectionGemm(self._rows, torch.ones_like(bias), bias, select_dtype)
+        self._bias_threshold = torch.stack([bias, strict], dim=1)
 
         row_bytes = max(2 * width * select_dtype.itemsize, self._candidates * d_model * 4)
         self._chunk_rows = max(1, max_chunk_bytes // row_bytes)
@@ -125,13 +138,18 @@ class TopKEncoder:
             return TopK(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
     def _encode_chunk(self, x: Tensor) -> TopK:
+        x = x.float()
+        if self._input_norm is not None:
+            x = normalise_rows(x, self._input_norm)
         margin = self._gemm(x)
+        if self._keep is not None:
+            return self._exact_of_kept(x, top_of_blocks(margin, self._candidates)[1], self._keep)
         l0 = self._count_active(margin)
         score = torch.threshold_(margin, 0.0, float("-inf")).add_(self._offset)
         best, index = top_of_blocks(score, self._pool)
         if not self._ranker.affine:
             index = self._narrow(best, index)
-        return self._exact(x.float(), index, l0)
+        return self._exact(x, index, l0)
 
     def _count_active(self, margin: Tensor) -> Tensor:
         # Flags of the margin's own dtype: several times faster on a CPU than a bool tensor.
@@ -149,12 +167,27 @@ class TopKEncoder:
         return index.gather(1, score.topk(self._candidates, sorted=False).indices)
 
     def _exact(self, x: Tensor, index: Tensor, l0: Tensor) -> TopK:
+        activation, threshold = self._values(x, index)
+        return self._best(index, activation, activation > threshold, l0)
+
+    def _exact_of_kept(self, x: Tensor, index: Tensor, keep: int) -> TopK:
+        activation, threshold = self._values(x, index)
+        kept = activation.topk(keep, dim=1, sorted=False).indices
+        active = torch.zeros_like(index, dtype=torch.bool).scatter_(1, kept, True)
+        active &= activation > threshold
+        l0 = active.sum(dim=1, dtype=torch.int32)
+        return self._best(index, activation, active & ~self._ranker.mask[index], l0)
+
+    def _values(self, x: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+        """(exact pre-activation, threshold), f32 [n, m], of features index [n, m]."""
         rows = self._rows.index_select(0, index.view(-1)).view(*index.shape, self._d_model)
         bias, threshold = self._bias_threshold[index].unbind(2)
         # Not bmm: a CPU runs one vector-matrix product a row five times slower than this.
-        activation = rows.mul_(x.unsqueeze(1)).sum(dim=2).add_(bias)
+        return rows.mul_(x.unsqueeze(1)).sum(dim=2).add_(bias), threshold
+
+    def _best(self, index: Tensor, activation: Tensor, shown: Tensor, l0: Tensor) -> TopK:
         score = self._ranker.score(index, activation)
-        score = torch.where(activation > threshold, score, float("-inf"))
+        score = torch.where(shown, score, float("-inf"))
         score, place = score.topk(self.k)
         padded = score == float("-inf")
         return TopK(
@@ -175,18 +208,26 @@ class _SelectionGemm:
     def __init__(self, rows: Tensor, scale: Tensor, bias: Tensor, dtype: torch.dtype) -> None:
         width, d_model = rows.shape
         columns = -(-(d_model + 2) // GEMM_ALIGN) * GEMM_ALIGN
-        weight = torch.zeros(width, columns, dtype=dtype, device=rows.device)
-        for start in range(0, width, 4096):  # no second copy of the SAE in fp32
-            part = slice(start, start + 4096)
-            weight[part, :d_model] = rows[part] * scale[part, None]
         bias = scale * bias
-        weight[:, d_model] = bias
-        weight[:, d_model + 1] = bias - weight[:, d_model].float()
+
+        def weight(features: slice) -> Tensor:
+            part = bias[features]
+            weight = torch.zeros(part.numel(), columns, dtype=dtype, device=rows.device)
+            torch.mul(rows[features], scale[features, None], out=weight[:, :d_model])
+            weight[:, d_model] = part
+            weight[:, d_model + 1] = part - weight[:, d_model].float()
+            return weight
+
         self._d_model = d_model
-        self._packed = _pack(weight)
-        self._weight = weight if self._packed is None else weight.new_empty(0, columns)
-        self._input = weight.new_empty(0, columns)
-        self._output = weight.new_empty(0, width)
+        self._packed: list[Tensor] = []
+        self._weight = rows.new_empty(0, columns, dtype=dtype)
+        if _can_pack(rows.device):
+            blocks = (slice(at, at + PACK_ROWS) for at in range(0, width, PACK_ROWS))
+            self._packed = [_pack(weight(block)) for block in blocks]
+        else:
+            self._weight = weight(slice(None))
+        self._input = self._weight.new_empty(0, columns)
+        self._output = self._weight.new_empty(0, width)
 
     def __call__(self, x: Tensor) -> Tensor:
         n = x.shape[0]
@@ -195,26 +236,37 @@ class _SelectionGemm:
             self._input[:, self._d_model : self._d_model + 2] = 1.0
         augmented = self._input[:n]
         augmented[:, : self._d_model].copy_(x)
-        if self._packed is not None:
-            linear = torch.ops.mkldnn._linear_pointwise
-            return linear(augmented, self._packed, None, "none", [], "")
+        if len(self._packed) == 1:
+            return _packed_linear(augmented, self._packed[0])
         if self._output.shape[0] < n:
             self._output = self._output.new_empty(n, self._output.shape[1])
+        if self._packed:
+            parts = [_packed_linear(augmented, block) for block in self._packed]
+            return torch.cat(parts, dim=1, out=self._output[:n])
         return torch.mm(augmented, self._weight.t(), out=self._output[:n])
 
 
-def _pack(weight: Tensor) -> Tensor | None:
-    """The weight in oneDNN's blocked layout, or None where that does not exist.
+def _can_pack(device: torch.device) -> bool:
+    ops = torch.ops.mkldnn
+    return (
+        device.type == "cpu"
+        and torch.backends.mkldnn.is_available()
+        and hasattr(ops, "_linear_pointwise")
+        and hasattr(ops, "_reorder_linear_weight")
+    )
+
+
+def _pack(weight: Tensor) -> Tensor:
+    """The weight in oneDNN's blocked layout.
 
     Saves a CPU the reordering that each plain matmul does, half of the time of a single row. These
     are the ops that inductor emits for a frozen linear; to be replaced when torch has a public way.
     """
-    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
-        return None
-    ops = torch.ops.mkldnn
-    if not (hasattr(ops, "_linear_pointwise") and hasattr(ops, "_reorder_linear_weight")):
-        return None
-    return ops._reorder_linear_weight(weight, 16)
+    return torch.ops.mkldnn._reorder_linear_weight(weight, 16)
+
+
+def _packed_linear(x: Tensor, packed: Tensor) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
 
 
 def top_of_blocks(score: Tensor, m: int) -> tuple[Tensor, Tensor]:

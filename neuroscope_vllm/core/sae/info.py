@@ -7,6 +7,8 @@ import msgspec
 from neuroscope_vllm.core.errors import SAEError
 
 RESID_POST = "resid_post"
+RMS, LAYER_NORM = "constant_norm_rescale", "layer_norm"
+"""How rows are normalised one by one, by SAELens' names."""
 
 
 class SAEInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -27,7 +29,7 @@ class SAEInfo(msgspec.Struct, frozen=True, kw_only=True):
         neuronpedia_id: "model/source" on Neuronpedia, when recorded.
         k: Features a row may have active ("topk" only).
         input_norm: How each row is normalised by itself before encoding, by SAELens' name:
-            "constant_norm_rescale" (to norm sqrt(d_model)) or "layer_norm"; None if it is not.
+            RMS (to norm sqrt(d_model)) or LAYER_NORM; None if it is not.
         output_point: What a transcoder predicts; None for an autoencoder.
     """
 
@@ -78,10 +80,10 @@ def check_fits(info: SAEInfo, *, d_model: int, num_layers: int, layer: int) -> N
 
 
 def check_served(info: SAEInfo) -> None:
-    """Check that an SAE is a threshold over raw residuals, which is what the server runs.
+    """Check that an SAE reads the residual stream and reconstructs it, which is what a server has.
 
     Raises:
-        SAEError: It is not; `load_sae` and `SAE` still encode with it.
+        SAEError: It does not; `load_sae` and `SAE` still encode with it.
     """
     if info.hook_point != RESID_POST:
         raise SAEError(
@@ -92,15 +94,4 @@ def check_served(info: SAEInfo) -> None:
         raise SAEError(
             f"SAE {info.source} is a transcoder (it predicts {info.output_point}); choose an "
             f"autoencoder of {RESID_POST}."
-        )
-    if info.k is not None:
-        raise SAEError(
-            f"SAE {info.source} keeps the {info.k} largest features of each token (topk), but a "
-            f"server decides by threshold alone; choose a jumprelu, batchtopk, gated or standard "
-            f"one."
-        )
-    if info.input_norm is not None:
-        raise SAEError(
-            f"SAE {info.source} normalises each token by itself ({info.input_norm}), but a server "
-            f"encodes raw residuals; choose one with normalize_activations='none'."
         )

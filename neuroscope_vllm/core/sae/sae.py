@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import msgspec
 import torch
 from torch import Tensor
 
 from neuroscope_vllm.core.errors import SAEError
-from neuroscope_vllm.core.sae.info import SAEInfo
+from neuroscope_vllm.core.sae.info import LAYER_NORM, RMS, SAEInfo
+from neuroscope_vllm.core.sae.sparse import Reconstruction, count_firings
 
 LAYER_NORM_EPS = 1e-5  # SAELens'
 
@@ -23,8 +25,7 @@ class SAE:
 
     What training subtracted from the input or multiplied it by is folded into these parameters
     (arXiv 2408.05147, appendix A), so `encode` takes the residual stream as the model computes it.
-    What cannot be folded, `info.k` and `info.input_norm`, only `encode` and `decode` here know;
-    the fast path refuses it (`info.check_served`).
+    What cannot be folded is in `info`: `k` and `input_norm`.
 
     Attributes:
         W_enc: [d_model, width]. `load_sae` stores it by feature (its transpose is contiguous),
@@ -64,17 +65,17 @@ class SAE:
         Returns:
             [n, width] float32, zero where a feature is inactive.
         """
-        x = x.float()
-        if self.info.input_norm is not None:
-            mean, scale = self._row_norm(x)
-            eps = LAYER_NORM_EPS if self.info.input_norm == "layer_norm" else 0.0
-            x = (x - mean) / (scale + eps)
-        pre = torch.addmm(self.b_enc.float(), x, self.W_enc.float())
-        active = (pre > self.threshold) & (pre > 0)
+        pre, active = self.preactivations(x)
+        return torch.where(active, pre, 0.0)
+
+    def preactivations(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(pre-activations float32 [n, width], which of them are active bool [n, width])."""
+        pre = torch.addmm(self.b_enc.float(), self.normalised(x), self.W_enc.float())
+        active = pre > self.threshold.clamp(min=0.0)
         if self.info.k is not None:
             best = pre.topk(self.info.k, dim=1, sorted=False).indices
             active &= torch.zeros_like(active).scatter_(1, best, True)
-        return torch.where(active, pre, 0.0)
+        return pre, active
 
     def decode(self, f: Tensor, of: Tensor | None = None) -> Tensor:
         """Reconstruction [n, d_model] float32 of activations [n, width].
@@ -87,6 +88,18 @@ class SAE:
             SAEError: It is needed and was not given.
         """
         x = torch.addmm(self.b_dec.float(), f.float(), self.W_dec.float())
+        return self.restored(x, of)
+
+    def normalised(self, x: Tensor) -> Tensor:
+        """Rows x [n, d_model] of any float dtype as the encoder's weights read them, float32."""
+        return normalise_rows(x.float(), self.info.input_norm)
+
+    def restored(self, x: Tensor, of: Tensor | None) -> Tensor:
+        """Normalised rows x [n, d_model] with the norm of the rows `of` given back to them.
+
+        Raises:
+            SAEError: `of` is needed, because of `info.input_norm`, and was not given.
+        """
         if self.info.input_norm is None:
             return x
         if of is None:
@@ -94,17 +107,20 @@ class SAE:
                 f"SAE {self.info.source} normalises each row by itself ({self.info.input_norm}), "
                 f"so activations alone do not say how large a row was; give decode the rows too."
             )
-        mean, scale = self._row_norm(of.float())
+        mean, scale = _row_norm(of.float(), self.info.input_norm)
         return x * scale + mean
 
-    def _row_norm(self, x: Tensor) -> tuple[Tensor | float, Tensor]:
-        """(mean, scale) of each row, as SAELens computes them: its layer_norm is unbiased."""
-        if self.info.input_norm == "layer_norm":
-            return x.mean(dim=1, keepdim=True), x.std(dim=1, keepdim=True)
-        return 0.0, x.norm(dim=1, keepdim=True) / self.d_model**0.5
+    def reading_rms(self) -> SAE:
+        """The same parameters over residuals divided by their RMS (`sae_input` rms, the seed's).
+
+        As it reads them before it normalises, nothing changes where it does so already.
+        """
+        if self.info.input_norm is not None:
+            return self
+        return replace(self, info=msgspec.structs.replace(self.info, input_norm=RMS))
 
     def fvu(self, x: Tensor) -> float:
-        """Fraction of variance unexplained over the rows of x [n, d_model].
+        """Fraction of variance unexplained over the rows of x [n, d_model], of any number.
 
         `sum |x - decode(encode(x))|^2 / sum |x - mean(x)|^2`, as in Gemma Scope's notebook. Leave
         special tokens and attention sinks out: one of them can outweigh all other rows.
@@ -112,23 +128,17 @@ class SAE:
         Raises:
             SAEError: It is a transcoder, which reconstructs something else than x.
         """
-        if self.info.output_point is not None:
-            raise SAEError(
-                f"SAE {self.info.source} predicts {self.info.output_point} from "
-                f"{self.info.hook_point}; compare decode(encode(x)) with the former instead."
-            )
-        x = x.float()
-        residual = (x - self.decode(self.encode(x), of=x)).double().square().sum()
-        total = (x - x.mean(dim=0)).double().square().sum()
-        return float(residual / total)
+        fit = Reconstruction.empty(self.d_model)
+        fit.update(self, x)
+        return fit.fvu
 
     def explained_variance(self, x: Tensor) -> float:
         """`1 - fvu(x)`."""
         return 1.0 - self.fvu(x)
 
     def l0(self, x: Tensor) -> float:
-        """Mean number of active features a row of x [n, d_model]."""
-        return float((self.encode(x) > 0).sum(dim=-1).float().mean())
+        """Mean number of active features a row of x [n, d_model], of any number."""
+        return count_firings(self, x) / max(len(x), 1)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> SAE:
         """The same SAE on another device or in another float dtype."""
@@ -140,3 +150,23 @@ class SAE:
             W_dec=self.W_dec.to(device=device, dtype=dtype),
             b_dec=self.b_dec.to(device=device, dtype=dtype),
         )
+
+
+def normalise_rows(x: Tensor, input_norm: str | None) -> Tensor:
+    """Each row of x f32 [n, d_model] normalised by itself as `SAEInfo.input_norm` says.
+
+    A row of zeros comes out as NaN, as SAELens' does: no feature is active on it.
+    """
+    if input_norm is None:
+        return x
+    mean, scale = _row_norm(x, input_norm)
+    if input_norm == LAYER_NORM:
+        return (x - mean) / (scale + LAYER_NORM_EPS)
+    return x / scale
+
+
+def _row_norm(x: Tensor, input_norm: str) -> tuple[Tensor | float, Tensor]:
+    """(mean, scale) of each row, as SAELens computes them: its layer_norm is unbiased."""
+    if input_norm == LAYER_NORM:
+        return x.mean(dim=1, keepdim=True), x.std(dim=1, keepdim=True)
+    return 0.0, torch.linalg.vector_norm(x, dim=1, keepdim=True) / x.shape[1] ** 0.5

@@ -21,6 +21,7 @@ class Oracle:
 
     Attributes:
         num_layers: Decoder layers of the whole model.
+        tokenizer: The model's.
     """
 
     def __init__(self, model: str, layers: Sequence[int]) -> None:
@@ -33,7 +34,9 @@ class Oracle:
             ConfigError: transformers is not installed, the model can not be loaded, or it has no
                 such layer.
         """
-        self._decoder, self._layers = _load(model)
+        whole, self.tokenizer = load_whole(model)
+        self._decoder = whole.get_decoder()
+        self._layers = decoder_layers(whole, model)
         self._wanted = sorted(set(layers))
         if self._wanted[-1] >= len(self._layers):
             raise ConfigError(
@@ -47,6 +50,11 @@ class Oracle:
     @property
     def d_model(self) -> int:
         return self._decoder.config.hidden_size
+
+    @property
+    def max_tokens(self) -> int:
+        """The longest sequence that the model was made for."""
+        return self._decoder.config.max_position_embeddings
 
     @torch.inference_mode()
     def residuals(self, token_ids: Sequence[int]) -> dict[int, Tensor]:
@@ -73,8 +81,12 @@ class Oracle:
         return found
 
 
-def _load(model: str) -> tuple[Any, nn.ModuleList]:
-    """The decoder of a model, and its layers."""
+def load_whole(model: str) -> tuple[Any, Any]:
+    """A causal language model, float32 on the CPU with eager attention, and its tokenizer.
+
+    Raises:
+        ConfigError: transformers is not installed, or the model can not be loaded.
+    """
     try:
         import transformers
     except ImportError:
@@ -90,6 +102,7 @@ def _load(model: str) -> tuple[Any, nn.ModuleList]:
                 # Others leave out Gemma 2's soft capping.
                 attn_implementation="eager",
             )
+            tokenizer = transformers.AutoTokenizer.from_pretrained(model)
     # What a broken folder raises is not documented, and differs by what is broken.
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
@@ -97,11 +110,15 @@ def _load(model: str) -> tuple[Any, nn.ModuleList]:
             f"model {model} can not be loaded with transformers ({reason}); give the folder or hub"
             " id of the model that the server runs with --model."
         ) from error
-    decoder = whole.eval().get_decoder()
-    layers = getattr(decoder, "layers", None)
+    return whole.eval(), tokenizer
+
+
+def decoder_layers(whole: Any, model: str) -> nn.ModuleList:
+    """Raises ConfigError: they are not where Llama and Gemma have them."""
+    layers = getattr(whole.get_decoder(), "layers", None)
     if not isinstance(layers, nn.ModuleList):
         raise ConfigError(
             f"model {model} ({type(whole).__name__}) keeps its decoder layers where they are not"
             " found; verify a Llama or Gemma model."
         )
-    return decoder, layers
+    return layers

@@ -6,28 +6,44 @@ Everything that can be wrong is said here, in one sentence, before an engine pro
 from __future__ import annotations
 
 import atexit
+import contextlib
 import logging
 import os
 import re
 import sys
+from collections.abc import Iterator
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
-import msgspec
-from vllm.config import VllmConfig
+from vllm.config import ModelConfig, VllmConfig
 
-from neuroscope_vllm.core import launch
+from neuroscope_vllm.core import artefacts, launch
 from neuroscope_vllm.core.calibration import Calibration
 from neuroscope_vllm.core.config import RUNTIME_VARIABLE, Settings, asked_for, resolve
 from neuroscope_vllm.core.errors import ConfigError, NeuroscopeError
 from neuroscope_vllm.core.keys import check_reachable, hub_endpoint
-from neuroscope_vllm.core.sae import canonical, check_fits, load_sae, read_sae_info
+from neuroscope_vllm.core.sae import check_fits, load_sae
 from neuroscope_vllm.core.sae.info import SAEInfo
+from neuroscope_vllm.core.sae.observed import named, observed
 from neuroscope_vllm.engine.vllm import plugin
 from neuroscope_vllm.engine.vllm.refusals import check_served, warnings
 from neuroscope_vllm.engine.vllm.settings import KEY, SiteSettings, WorkerSettings, given_flags
 
 logger = logging.getLogger(__name__)
+
+
+_passes_only = ContextVar("passes_only", default=False)
+
+
+@contextlib.contextmanager
+def passes_only() -> Iterator[None]:
+    """An engine that is built inside has no hub and streams nothing: corpus passes read it."""
+    token = _passes_only.set(True)
+    try:
+        yield
+    finally:
+        _passes_only.reset(token)
 
 
 def create_engine_config(original: Any, engine_args: Any, *args: Any, **kwargs: Any) -> VllmConfig:
@@ -44,8 +60,10 @@ def create_engine_config(original: Any, engine_args: Any, *args: Any, **kwargs: 
         settings = resolve(flags)
         if not settings.configured:
             return original(engine_args, *args, **kwargs)
-        hub = hub_endpoint(settings)
-        check_reachable(settings)
+        streams = not _passes_only.get()
+        hub = hub_endpoint(settings) if streams else None
+        if streams:
+            check_reachable(settings)
         listener = None
         if serving and settings.hub is None and RUNTIME_VARIABLE not in os.environ:
             # Before vLLM's own work: a taken port should not cost a model download.
@@ -53,9 +71,9 @@ def create_engine_config(original: Any, engine_args: Any, *args: Any, **kwargs: 
             listener = launch.listen(settings.features_host, settings.features_port)
         vllm_config = original(engine_args, *args, **kwargs)
         check_served(vllm_config)
-        settings = _named(settings, vllm_config.model_config.model)
-        sites = _sites(settings, vllm_config)
-        endpoint = _endpoint(hub, settings, vllm_config, listener, sites)
+        settings = named(settings, vllm_config.model_config.model)
+        sites = _sites(settings, vllm_config.model_config)
+        endpoint = _endpoint(hub, settings, vllm_config, listener, sites) if streams else None
     except NeuroscopeError as error:
         if serving:
             sys.exit(f"neuroscope: {error}")
@@ -76,42 +94,29 @@ def create_engine_config(original: Any, engine_args: Any, *args: Any, **kwargs: 
     return vllm_config
 
 
-def _named(settings: Settings, model: str) -> Settings:
-    """With the canonical SAE's address in place of its suite's name."""
-    if canonical.SUITE not in settings.sae:
-        return settings
-    if not settings.layer:
-        raise ConfigError(
-            f"sae is {canonical.SUITE} and no layer is given; say which layer of the model to"
-            " observe, for example 20."
+def check_sites(sites: dict[int, SAEInfo], model: ModelConfig) -> None:
+    """Raises SAEError if an SAE can not read its layer of the model."""
+    for layer, info in sites.items():
+        check_fits(
+            info,
+            d_model=model.get_hidden_size(),
+            num_layers=model.get_total_num_hidden_layers(),
+            layer=layer,
         )
-    return msgspec.structs.replace(
-        settings,
-        sae=[
-            canonical.canonical_source(model, layer) if source == canonical.SUITE else source
-            for source, layer in zip(settings.sae, settings.layer, strict=True)
-        ],
-    )
 
 
-def _sites(settings: Settings, vllm_config: VllmConfig) -> list[SiteSettings]:
-    model = vllm_config.model_config
-    num_layers = model.get_total_num_hidden_layers()
+def _sites(settings: Settings, model: ModelConfig) -> list[SiteSettings]:
+    found = observed(settings)
+    check_sites(found, model)
     sites = []
-    for i, source in enumerate(settings.sae):
-        info = read_sae_info(source)
-        layer = settings.layer[i] if settings.layer else info.layer
-        if layer is None:
-            raise ConfigError(f"SAE {source} does not record its layer; give one with layer.")
-        check_fits(info, d_model=model.get_hidden_size(), num_layers=num_layers, layer=layer)
+    for i, (layer, info) in enumerate(found.items()):
+        source = settings.sae[i]
         if RUNTIME_VARIABLE not in os.environ:
             load_sae(source)  # finds NaN and truncation now rather than in a worker
-        calibration = settings.calibration[i] if settings.calibration else _beside(source)
-        if calibration is not None:
-            _check_calibration(calibration, info)
-        _check_ranking(settings, info, calibration)
-        if any(site.layer == layer for site in sites):
-            raise ConfigError(f"two SAEs read layer {layer}; give one SAE per layer.")
+        calibration = None
+        if not _passes_only.get():  # what makes calibrations needs none
+            calibration = _calibration(settings, i, info)
+            _check_ranking(settings, info, calibration)
         sites.append(SiteSettings(layer, _pinned(source, info), info, calibration))
     return sorted(sites, key=lambda site: site.layer)
 
@@ -123,7 +128,12 @@ def _pinned(source: str, info: SAEInfo) -> str:
     return re.sub(r"^(hf://[^/]+/[^/@]+)(@[^/]+)?", rf"\1@{info.revision}", source)
 
 
-def _check_calibration(path: str, info: SAEInfo) -> None:
+def _calibration(settings: Settings, i: int, info: SAEInfo) -> str | None:
+    """The calibration file of the i-th SAE: as given, else the user's own, else as shipped."""
+    found = artefacts.find_calibration(settings.sae[i])
+    path = settings.calibration[i] if settings.calibration else found and str(found)
+    if path is None:
+        return None
     calibration = Calibration.load(path)
     if calibration.width != info.width:
         raise ConfigError(
@@ -132,6 +142,7 @@ def _check_calibration(path: str, info: SAEInfo) -> None:
         )
     if calibration.tokens == 0:
         raise ConfigError(f"calibration {path} saw no tokens; use one made on a corpus.")
+    return path
 
 
 def _check_ranking(settings: Settings, info: SAEInfo, calibration: str | None) -> None:
@@ -141,15 +152,9 @@ def _check_ranking(settings: Settings, info: SAEInfo, calibration: str | None) -
         )
     if calibration is None and settings.ranking not in (None, "activation"):
         raise ConfigError(
-            f"ranking {settings.ranking} needs a calibration and SAE {info.source} has none beside"
-            " it; give one with calibration, or use ranking activation."
+            f"ranking {settings.ranking} needs a calibration and SAE {info.source} has none; make"
+            " one with `neuroscope calibrate`, or use ranking activation."
         )
-
-
-def _beside(source: str) -> str | None:
-    """The calibration that ships in an SAE's own folder."""
-    path = launch.sae_folder(source) / "calibration.safetensors"
-    return str(path) if path.is_file() else None
 
 
 def _endpoint(

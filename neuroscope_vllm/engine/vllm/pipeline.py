@@ -39,7 +39,6 @@ class LayerEncoder:
     """The hook's persistent buffer, [max_rows, d_model]."""
     topk: TopKEncoder
     sink_norm: float | None
-    rms_input: bool
 
     @property
     def packed_width(self) -> int:
@@ -49,8 +48,6 @@ class LayerEncoder:
         """int32[n, 3k + 2]: index, activation bits, score bits, l0, sink, in that order."""
         rows = rows.float()
         norm = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
-        if self.rms_input:
-            rows = rows * (rows.shape[1] ** 0.5 / norm)
         index, activation, score, l0 = self.topk.encode(rows)
         if self.sink_norm is None:
             sink = torch.zeros_like(norm, dtype=torch.bool)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from vllm.config import VllmConfig
 
 from neuroscope_vllm.core.errors import ConfigError
-from neuroscope_vllm.engine.vllm.models import OBSERVED
+from neuroscope_vllm.engine.vllm.models import SERVED
 
 
 def check_served(vllm_config: VllmConfig) -> None:
@@ -14,10 +14,10 @@ def check_served(vllm_config: VllmConfig) -> None:
     parallel = vllm_config.parallel_config
     speculative = vllm_config.speculative_config
     architecture = model.architecture
-    if architecture not in OBSERVED:
+    if architecture not in SERVED:
         raise ConfigError(
             f"{architecture} is not a supported architecture; neuroscope observes"
-            f" {', '.join(OBSERVED)}, so serve such a model or leave neuroscope unconfigured."
+            f" {', '.join(SERVED)}, so serve such a model or leave neuroscope unconfigured."
         )
     reasons = {
         "dual-batch overlap (--enable-dbo) runs each layer on half batches, so rows can not be"

@@ -69,6 +69,7 @@ class SchedulerTap:
         self._ended_tokens = 0
         # Requests start on vLLM's input thread, tokens come on its loop, a resync on the sender's.
         self._lock = threading.Lock()
+        assert settings.endpoint is not None
         sender = f"scheduler-{self._engine}-{os.getpid()}"
         self._sender = Sender(
             settings.endpoint,
@@ -255,7 +256,7 @@ _REASONS = {"stopped": "stop", "length_capped": "length", "aborted": "abort"}
 
 
 def attach(scheduler: Any, vllm_config: VllmConfig) -> None:
-    """Give a freshly built scheduler its tap, if neuroscope is configured."""
+    """Give a freshly built scheduler its tap, if there is a hub to tell."""
     settings = worker_settings(vllm_config)
-    if settings is not None:
+    if settings is not None and settings.endpoint is not None:
         scheduler.neuroscope_tap = SchedulerTap(scheduler, vllm_config, settings)

@@ -23,6 +23,7 @@ from neuroscope_vllm.core import wire
 from neuroscope_vllm.core.calibration import Calibration
 from neuroscope_vllm.core.sae.info import SAEInfo
 from neuroscope_vllm.core.sae.sae import SAE
+from neuroscope_vllm.core.sae.sparse import Reconstruction
 from neuroscope_vllm.engine.vllm.pipeline import LayerEncoder
 from neuroscope_vllm.engine.vllm.settings import worker_settings
 from neuroscope_vllm.engine.vllm.step import StepView
@@ -121,16 +122,15 @@ def verdict(rows: Tensor, probe: Probe, known_text: bool) -> wire.SelfTest:
 
 
 def _statistics(rows: Tensor, probe: Probe, known_text: bool) -> wire.SelfTest:
-    norm = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
     keep = torch.arange(len(rows)) > 0
     if probe.encoder.sink_norm is not None:
-        keep &= norm.squeeze(1) <= probe.encoder.sink_norm
-    if probe.encoder.rms_input:
-        rows = rows * (rows.shape[1] ** 0.5 / norm)
+        keep &= torch.linalg.vector_norm(rows, dim=1) <= probe.encoder.sink_norm
     rows = rows[keep]
     if not known_text or len(rows) < MIN_ROWS:
         return wire.SelfTest(layer=probe.layer)
-    l0, explained = probe.sae.l0(rows), probe.sae.explained_variance(rows)
+    fit = Reconstruction.empty(probe.sae.d_model)
+    fit.update(probe.sae, rows)
+    l0, explained = fit.l0, fit.explained_variance
     expected = probe.expected_l0
     doubts = []
     if l0 == 0 or (expected and not expected / L0_FACTOR <= l0 <= expected * L0_FACTOR):

@@ -33,7 +33,8 @@ class WorkerSettings(msgspec.Struct, frozen=True):
     """Resolved: paths found, layers known, defaults filled in."""
 
     sites: list[SiteSettings]
-    endpoint: str
+    endpoint: str | None
+    """The hub's; None: nothing is streamed, rows are there for corpus passes."""
     model: str
     settings: Settings
 

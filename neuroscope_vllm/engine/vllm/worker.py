@@ -26,6 +26,7 @@ from neuroscope_vllm.core.sender import Sender
 from neuroscope_vllm.engine.vllm import self_test
 from neuroscope_vllm.engine.vllm.hook import ActivationHook, max_rows
 from neuroscope_vllm.engine.vllm.models import OBSERVED
+from neuroscope_vllm.engine.vllm.passes import BEGIN_RPC, END_RPC, PassRunner, Site
 from neuroscope_vllm.engine.vllm.pipeline import EncodePipeline, LayerEncoder
 from neuroscope_vllm.engine.vllm.refusals import warnings
 from neuroscope_vllm.engine.vllm.self_test import Probe, SelfTest
@@ -47,8 +48,8 @@ PENDING_STEPS = 4
 def arm(worker: Any, vllm_config: VllmConfig) -> None:
     """Wrap the runner's `load_model`: register our models, load, then observe.
 
-    Gives vLLM's worker the two methods that the self-test calls on every rank. No-op if
-    unconfigured.
+    Gives vLLM's worker the methods that the self-test and corpus passes call on every rank. No-op
+    if unconfigured.
     """
     settings = worker_settings(vllm_config)
     if settings is None:
@@ -59,9 +60,11 @@ def arm(worker: Any, vllm_config: VllmConfig) -> None:
     def load_observed_model(*args: Any, **kwargs: Any) -> None:
         register_models()
         load_model(*args, **kwargs)
-        test = observe(runner, vllm_config, settings)
+        test, passes = observe(runner, vllm_config, settings)
         setattr(worker, self_test.BEGIN_RPC, test.begin)
         setattr(worker, self_test.END_RPC, test.end)
+        setattr(worker, BEGIN_RPC, passes.begin)
+        setattr(worker, END_RPC, passes.end)
 
     runner.load_model = load_observed_model
 
@@ -72,11 +75,14 @@ def register_models() -> None:
         ModelRegistry.register_model(architecture, getattr(importlib.import_module(module), name))
 
 
-def observe(runner: Any, vllm_config: VllmConfig, settings: WorkerSettings) -> SelfTest:
-    """Start encoding on the rank that sends. Raises RuntimeError if the model has no hook.
+def observe(
+    runner: Any, vllm_config: VllmConfig, settings: WorkerSettings
+) -> tuple[SelfTest, PassRunner]:
+    """Watch the runner's steps, on the rank that sends. Raises RuntimeError if there is no hook.
 
-    Returns the self-test that comes before the first step is encoded; it is of no layers on ranks
-    that send nothing.
+    Returns the self-test that comes before the first step is encoded, and the runner of corpus
+    passes; both are of no layers on ranks that send nothing. The engine does one of two things with
+    its rows: it streams them to a hub, or it keeps them for passes.
     """
     model = runner.get_model()  # without the wrapper that CUDA graphs put around it
     hook = next((m for m in model.modules() if isinstance(m, ActivationHook)), None)
@@ -86,14 +92,36 @@ def observe(runner: Any, vllm_config: VllmConfig, settings: WorkerSettings) -> S
             " another plugin may have registered the same architecture."
         )
     if get_tensor_model_parallel_rank() != 0 or not hook.layers:
-        return SelfTest([], on_step=lambda step: None)
-    encoders, probes = [], []
-    for site in settings.sites:
-        if site.layer in hook.layers:
-            encoder, probe = _layer_encoder(site, hook, settings)
-            encoders.append(encoder)
-            probes.append(probe)
+        return SelfTest([], on_step=lambda step: None), PassRunner([])
+    built = [
+        _layer_encoder(site, hook, settings) for site in settings.sites if site.layer in hook.layers
+    ]
+    probes = [probe for _, probe in built]
+    if settings.endpoint is None:
+        sites = [
+            Site(probe.layer, probe.buffer, probe.sae.to(probe.buffer.device)) for probe in probes
+        ]
+        passes = PassRunner(sites)
+        test = SelfTest(probes, on_step=passes.on_step)
+    else:
+        passes = PassRunner([])
+        test = _stream([encoder for encoder, _ in built], probes, runner, vllm_config, settings)
+    watch_steps(runner, test.on_step)
+    logger.info("neuroscope: observing layers %s of %s", hook.layers, settings.model)
+    return test, passes
+
+
+def _stream(
+    encoders: list[LayerEncoder],
+    probes: list[Probe],
+    runner: Any,
+    vllm_config: VllmConfig,
+    settings: WorkerSettings,
+) -> SelfTest:
+    """Encode every step and send it to the hub, once the self-test has passed."""
+    assert settings.endpoint is not None
     engine = engine_name(vllm_config)
+    sites = [_wire_site(encoder, settings) for encoder in encoders]
 
     def hello(counters: dict[str, int]) -> wire.Hello:
         return wire.Hello(
@@ -105,7 +133,7 @@ def observe(runner: Any, vllm_config: VllmConfig, settings: WorkerSettings) -> S
             armed=test.passed and not pipeline.failing,
             runner="v2" if is_v2(runner) else "v1",
             cudagraph_mode=_cudagraph_mode(vllm_config),
-            sites=[_wire_site(encoder, settings) for encoder in encoders],
+            sites=sites,
             warnings=[*test.warnings, *warnings(vllm_config)],
             counters={**counters, **pipeline.counters},
             self_test=test.results,
@@ -120,10 +148,8 @@ def observe(runner: Any, vllm_config: VllmConfig, settings: WorkerSettings) -> S
         max_pending_rows=PENDING_STEPS * max_rows(vllm_config),
     )
     test = SelfTest(probes, on_step=pipeline.submit)
-    watch_steps(runner, test.on_step)
     sender.start()
     atexit.register(sender.close)
-    logger.info("neuroscope: observing layers %s of %s", hook.layers, settings.model)
     return test
 
 
@@ -132,10 +158,12 @@ def _layer_encoder(
 ) -> tuple[LayerEncoder, Probe]:
     rows = hook.resid_post(site.layer)
     loaded = load_sae(site.source)
+    if settings.settings.sae_input == "rms":
+        loaded = loaded.reading_rms()
     sae = loaded.to(rows.device)
     calibration = Calibration.load(site.calibration) if site.calibration else None
     ranker = make_ranker(
-        _ranking(settings, calibration is not None),
+        settings.settings.ranking_of(calibration is not None),
         calibration,
         max_frequency=settings.settings.max_frequency,
         width=sae.info.width,
@@ -147,14 +175,9 @@ def _layer_encoder(
         rows=rows,
         topk=topk,
         sink_norm=calibration.sink_norm if calibration else None,
-        rms_input=settings.settings.sae_input == "rms",
     )
     expected_l0 = self_test.expected_l0(site.info, calibration)
     return encoder, Probe(encoder, loaded, expected_l0)
-
-
-def _ranking(settings: WorkerSettings, calibrated: bool) -> str:
-    return settings.settings.ranking or ("zscore" if calibrated else "activation")
 
 
 def _select_dtype(rows: torch.Tensor) -> torch.dtype:
@@ -167,13 +190,14 @@ def _wire_site(encoder: LayerEncoder, settings: WorkerSettings) -> wire.Site:
     return wire.Site(
         layer=encoder.layer,
         sae=site.info,
-        ranking=_ranking(settings, site.calibration is not None),
+        ranking=settings.settings.ranking_of(site.calibration is not None),
         top_k=encoder.topk.k,
         sink_norm=encoder.sink_norm,
         dtype=str(encoder.rows.dtype).removeprefix("torch."),
         calibration=site.calibration,
         sae_input=settings.settings.sae_input,
         max_frequency=settings.settings.max_frequency,
+        dense=Calibration.load(site.calibration).dense if site.calibration else [],
     )
 
 

@@ -9,8 +9,10 @@ import msgspec
 from fastapi import APIRouter, Query, Request
 from pydantic import BaseModel, ConfigDict, Field
 
+from neuroscope_vllm.core.errors import ConfigError
 from neuroscope_vllm.core.labels import Label, LabelSet
 from neuroscope_vllm.core.wire import Site
+from neuroscope_vllm.server.detokenize import special_ids
 from neuroscope_vllm.server.errors import ApiError
 from neuroscope_vllm.server.hub import Hub
 
@@ -30,7 +32,9 @@ class LabelQuery(BaseModel):
 
 @router.get("/labels")
 def labels(request: Request, query: Annotated[LabelQuery, Query()]) -> dict[str, Any]:
-    """Labels of features, by labeller, layer, words or index."""
+    """Labels of features, by labeller, layer, words or index, with where they come from.
+
+    A null score means that nobody scored the label."""
     hub: Hub = request.app.state.hub
     sets = _label_sets(hub)
     labellers = {one.labeller for _, one in sets}
@@ -45,7 +49,7 @@ def labels(request: Request, query: Annotated[LabelQuery, Query()]) -> dict[str,
         for label in _matching(one, query)
     ]
     page = found[query.offset : query.offset + query.limit]
-    data = [{"layer": layer, **msgspec.to_builtins(label)} for layer, label in page]
+    data = [{"layer": layer, **label.to_dict()} for layer, label in page]
     return {"data": data, "total": len(found)}
 
 
@@ -54,7 +58,13 @@ def _label_sets(hub: Hub) -> list[tuple[int, LabelSet]]:
 
 
 def _matching(label_set: LabelSet, query: LabelQuery) -> list[Label]:
-    found = list(label_set) if query.q is None else label_set.search(query.q, len(label_set))
+    if query.q is None:
+        one = None if query.index is None else label_set.get(query.index)
+        return list(label_set) if query.index is None else [one] if one else []
+    try:
+        found = label_set.search(query.q, len(label_set))
+    except ConfigError as error:
+        raise ApiError(501, str(error), "q") from None
     return [label for label in found if query.index in (None, label.index)]
 
 
@@ -73,6 +83,7 @@ async def describe(request: Request) -> dict[str, Any]:
         "armed": hub.senders.armed(now),
         "sites": msgspec.to_builtins(sites),
         "top_k": settings.top_k,
+        "special_token_ids": special_ids(hub.tokenizer),
         "labellers": [_coverage(layer, one, sites) for layer, one in _label_sets(hub)],
         "limits": {
             "trace_requests": settings.trace_requests,

@@ -25,6 +25,10 @@ class StreamQuery(BaseModel):
     )
     layer: int | None = Field(None, ge=0, description="Events of this layer only.")
     top_k: int | None = Field(None, ge=1, description="Fewer features than are configured.")
+    dense: bool | None = Field(
+        None,
+        description="true: only features that fire on a tenth of all tokens; false: not those.",
+    )
     include: str | None = Field(None, description="Comma-separated: prompt, token.")
     align: Literal["self", "predict"] = Field(
         "self", description="predict: each token with the features of the position before it."
@@ -79,7 +83,7 @@ def _view(hub: Hub, query: StreamQuery, ndjson: bool) -> View:
             message = f"include names {min(unknown)!r}; known are prompt and token."
             raise ApiError(400, message, "include")
     style = query.format or ("ndjson" if ndjson else "sse")
-    return View(style, include, query.layer, query.top_k, query.align)
+    return View(style, include, query.layer, query.top_k, query.align, query.dense)
 
 
 def _parse(event_id: str) -> tuple[str, int]:

@@ -13,7 +13,6 @@ SAELens does:
 
 from __future__ import annotations
 
-import re
 import tokenize
 import zipfile
 import zlib
@@ -26,7 +25,7 @@ import torch
 from torch import Tensor
 
 from neuroscope_vllm.core.errors import SAEError
-from neuroscope_vllm.core.sae.canonical import is_canonical
+from neuroscope_vllm.core.sae.canonical import FOLDER, REPOSITORY, neuronpedia_id
 from neuroscope_vllm.core.sae.formats.base import (
     Description,
     Header,
@@ -36,8 +35,6 @@ from neuroscope_vllm.core.sae.formats.base import (
 )
 from neuroscope_vllm.core.sae.info import RESID_POST, SAEInfo
 
-_REPO = re.compile(r"gemma-scope-(2b|9b|27b)-(pt|it)-(\w+)")
-_PATH = re.compile(r"layer_(\d+)/width_(\w+)/average_l0_(\d+)")
 _DAMAGE = (
     *(zipfile.BadZipFile, zlib.error, NotImplementedError),  # the archive
     *(ValueError, SyntaxError, tokenize.TokenError),  # numpy parses a header as Python
@@ -58,7 +55,7 @@ def read_info(found: Located) -> Description:
         SAEError: Truncated, pickled, malformed, or of a suite that is not known.
     """
     where = PurePath(found.source).as_posix()
-    repo, path = _REPO.search(where), _PATH.search(where)
+    repo, path = REPOSITORY.search(where), FOLDER.search(where)
     suite = repo[3] if repo else "res"
     if suite not in _READS:
         raise SAEError(
@@ -82,7 +79,7 @@ def read_info(found: Located) -> Description:
         layer=int(path[1]) if path else None,
         hook_point=_READS[suite].format(layer),
         model_name=f"gemma-2-{repo[1]}{'-it' if repo[2] == 'it' else ''}" if repo else None,
-        neuronpedia_id=_neuronpedia_id(repo, path),
+        neuronpedia_id=neuronpedia_id(where),
         output_point=_READS["mlp"].format(layer) if suite == "transcoders" else None,
     )
     return Description(info)
@@ -99,18 +96,6 @@ def open_tensors(found: Located) -> Iterator[Reader]:
             return torch.from_numpy(np.ascontiguousarray(array, array.dtype.newbyteorder("=")))
 
         yield read
-
-
-def _neuronpedia_id(repo: re.Match[str] | None, path: re.Match[str] | None) -> str | None:
-    """Neuronpedia shows one SAE of each layer and width."""
-    if (
-        repo is None
-        or path is None
-        or not is_canonical(repo[0], int(path[1]), path[2], int(path[3]))
-    ):
-        return None
-    instructed = "-it" if repo[2] == "it" else ""
-    return f"gemma-2-{repo[1]}{instructed}/{path[1]}-gemmascope-{repo[3]}-{path[2]}"
 
 
 def _tensor_name(member: str) -> str:

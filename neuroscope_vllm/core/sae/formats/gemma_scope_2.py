@@ -14,6 +14,7 @@ from pathlib import PurePath
 from typing import Any
 
 from neuroscope_vllm.core.errors import SAEError
+from neuroscope_vllm.core.sae.canonical import neuronpedia_id
 from neuroscope_vllm.core.sae.formats.base import (
     Description,
     Located,
@@ -76,6 +77,7 @@ def read_info(found: Located) -> Description:
         hook_point=hook_point,
         model_name=text(found, config, "model_name")
         or (f"gemma-3-{repo[1]}-{repo[2]}" if repo else None),
+        neuronpedia_id=neuronpedia_id(where),
         output_point=output_point,
     )
     return Description(info)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from types import ModuleType
 from typing import Any
@@ -69,6 +70,25 @@ class ObservedDecoder(nn.Module):
             return IntermediateTensors({"hidden_states": hidden, "residual": residual})
         hidden, _ = self.norm(hidden, residual)
         return hidden
+
+
+class ObservedForCausalLM(nn.Module):
+    """Mixed in before a vLLM ...ForCausalLM: a model cut off for corpus passes leaves the weights
+    of the layers above in the checkpoint, which vLLM would call unknown."""
+
+    config: Any
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        layers = self.config.num_hidden_layers
+        return super().load_weights(  # pyright: ignore[reportAttributeAccessIssue]
+            (name, weight) for name, weight in weights if _layer_of(name) < layers
+        )
+
+
+def _layer_of(name: str) -> int:
+    """The decoder layer that a weight belongs to; -1: none."""
+    found = re.search(r"(?:^|\.)layers\.(\d+)\.", name)
+    return int(found[1]) if found else -1
 
 
 @contextlib.contextmanager

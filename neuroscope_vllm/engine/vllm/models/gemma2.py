@@ -9,6 +9,7 @@ from vllm.model_executor.models import gemma2
 from neuroscope_vllm.engine.vllm.models.decoder import (
     DYNAMIC_DIMS,
     ObservedDecoder,
+    ObservedForCausalLM,
     building_with,
 )
 
@@ -18,7 +19,7 @@ class ObservedGemma2Model(ObservedDecoder, gemma2.Gemma2Model):
     pass
 
 
-class ObservedGemma2ForCausalLM(gemma2.Gemma2ForCausalLM):
+class ObservedGemma2ForCausalLM(ObservedForCausalLM, gemma2.Gemma2ForCausalLM):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         with building_with(gemma2, "Gemma2Model", ObservedGemma2Model):
             super().__init__(vllm_config=vllm_config, prefix=prefix)

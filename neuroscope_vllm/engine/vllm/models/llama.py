@@ -9,6 +9,7 @@ from vllm.model_executor.models import llama
 from neuroscope_vllm.engine.vllm.models.decoder import (
     DYNAMIC_DIMS,
     ObservedDecoder,
+    ObservedForCausalLM,
     building_with,
 )
 
@@ -18,7 +19,7 @@ class ObservedLlamaModel(ObservedDecoder, llama.LlamaModel):  # pyright: ignore[
     pass
 
 
-class ObservedLlamaForCausalLM(llama.LlamaForCausalLM):
+class ObservedLlamaForCausalLM(ObservedForCausalLM, llama.LlamaForCausalLM):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         with building_with(llama, "LlamaModel", ObservedLlamaModel):
             super().__init__(vllm_config=vllm_config, prefix=prefix)

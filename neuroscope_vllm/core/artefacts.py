@@ -1,0 +1,95 @@
+"""Where what was made about an SAE lies: its calibration, and its labels. Torch-free.
+
+What ships with an SAE lies beside it; what `calibrate`, `label` and `pull` make lies in the data
+folder and comes first:
+
+    <home>/calibration.safetensors
+    <home>/labels/<labeller>.jsonl
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from pathlib import Path, PurePosixPath
+
+from neuroscope_vllm.core.errors import ConfigError
+
+DATA_VARIABLE = "NEUROSCOPE_DATA"
+CALIBRATION = "calibration.safetensors"
+_FILES = {".npz", ".safetensors", ".pt"}  # an address may be that of a file in the SAE's folder
+_REVISION = re.compile(r"^(hf://[^/]+/[^/@]+)@[^/]+")
+
+
+def data_dir() -> Path:
+    """What we keep: $NEUROSCOPE_DATA, else the user's data folder."""
+    if given := os.environ.get(DATA_VARIABLE):
+        return Path(given).expanduser()
+    base = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
+    return Path(base) / "neuroscope"
+
+
+def home(source: str) -> Path:
+    """The folder for what is made about the SAE at `source`, a path or an hf:// address.
+
+    The same for all revisions of a hub SAE; a local one is known by its absolute path.
+    """
+    if source.startswith("hf://"):
+        address = _REVISION.sub(r"\1", source).removeprefix("hf://").strip("/")
+        if PurePosixPath(address).suffix in _FILES:
+            address = str(PurePosixPath(address).parent)
+        return data_dir() / "saes" / address.replace("/", "--")
+    folder = sae_folder(source).resolve()
+    digest = hashlib.sha256(str(folder).encode()).hexdigest()[:8]
+    return data_dir() / "saes" / f"{folder.name}-{digest}"
+
+
+def homes(source: str) -> list[Path]:
+    """Where to look for what is known about an SAE, best first."""
+    local = [] if source.startswith("hf://") else [sae_folder(source)]
+    return [home(source), *local]
+
+
+def sae_folder(source: str) -> Path:
+    """The folder of a local SAE, which may be given by one of its files."""
+    path = Path(source).expanduser()
+    return path.parent if path.is_file() else path
+
+
+def find_calibration(source: str) -> Path | None:
+    return next(
+        (path for folder in homes(source) if (path := folder / CALIBRATION).is_file()), None
+    )
+
+
+def find_labels(source: str) -> list[Path]:
+    """One file a labeller, by name of the labeller; of two with one name, the better home's."""
+    found: dict[str, Path] = {}
+    for folder in reversed(homes(source)):
+        found |= {path.name: path for path in folder.glob("labels/*.jsonl")}
+    return [found[name] for name in sorted(found)]
+
+
+def labels_file(source: str, labeller: str) -> Path:
+    """Where the labels of a labeller are kept.
+
+    Raises:
+        ConfigError: The name could lead elsewhere, or is no file name.
+    """
+    if not re.fullmatch(r"[\w][\w.+-]{0,99}", labeller):
+        raise ConfigError(
+            f"labeller {labeller!r} can not name a file; use letters, digits, and . _ + -."
+        )
+    return home(source) / "labels" / f"{labeller}.jsonl"
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file so that it is replaced whole or not at all, also if the machine dies."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)

@@ -1,0 +1,1 @@
+"""Features of a text: `neuroscope inspect`, and its page."""

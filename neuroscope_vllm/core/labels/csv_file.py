@@ -1,0 +1,73 @@
+"""Labels as CSV, for spreadsheets: `index,text` and any other fields of a label. Torch-free."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+
+from neuroscope_vllm.core.errors import ConfigError
+from neuroscope_vllm.core.labels import Label, LabelSet, NoLabels, one_labeller
+
+FIELDS = tuple(field.name for field in msgspec.structs.fields(Label))
+
+
+def read_csv(path: Path, labeller: str | None = None) -> LabelSet:
+    """Labels of one labeller; the first line names the columns, and an empty cell is not known.
+
+    Args:
+        labeller: Whose labels they are to be; by default the column `labeller` says.
+
+    Raises:
+        ConfigError: It cannot be read, has other columns, or a row (which is named) is no label, or
+            is of another labeller than the first.
+    """
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            found = one_labeller(path, _labels(path, csv.DictReader(file, strict=True), labeller))
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read ({error.strerror}); check the path.") from error
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is no CSV in UTF-8 ({error}); export it again.") from error
+    if found is None:
+        raise NoLabels(f"{path} holds no labels below its column names.")
+    return found
+
+
+def to_csv(labels: LabelSet) -> str:
+    """All fields, by ascending index; what is not known is empty."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, FIELDS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(label.to_dict() for label in labels)
+    return text.getvalue()
+
+
+def _labels(
+    path: Path, rows: csv.DictReader[str], labeller: str | None
+) -> Iterator[tuple[int, Label]]:
+    columns = set(rows.fieldnames or ())
+    if unknown := columns - set(FIELDS):
+        raise ConfigError(
+            f"{path} has a column {min(unknown)!r}; the columns are {', '.join(FIELDS)}."
+        )
+    needed = {"index", "text"} if labeller else {"index", "text", "labeller"}
+    if missing := needed - columns:
+        first = min(missing)
+        hint = " (or give one with --labeller)" if first == "labeller" else ""
+        raise ConfigError(
+            f"{path} has no column {first!r}{hint}; its first line names the columns."
+        )
+    for row in rows:
+        known = {name: cell for name, cell in row.items() if cell}
+        if labeller:
+            known["labeller"] = labeller
+        try:
+            yield rows.line_num, msgspec.convert(known, Label, strict=False)
+        except (msgspec.ValidationError, TypeError) as error:
+            raise ConfigError(
+                f"line {rows.line_num} of {path} is not a label ({error})."
+            ) from error

@@ -1,0 +1,52 @@
+"""From the settings to the SAE of each observed layer."""
+
+from __future__ import annotations
+
+import msgspec
+
+from neuroscope_vllm.core.config import Settings
+from neuroscope_vllm.core.errors import ConfigError
+from neuroscope_vllm.core.sae import canonical
+from neuroscope_vllm.core.sae.info import SAEInfo
+from neuroscope_vllm.core.sae.load import read_sae_info
+
+
+def named(settings: Settings, model: str) -> Settings:
+    """With the canonical SAE's address in place of its suite's name.
+
+    Raises:
+        ConfigError, SAEError: A suite without a layer, or none for this model.
+    """
+    if canonical.SUITE not in settings.sae:
+        return settings
+    if not settings.layer:
+        raise ConfigError(
+            f"sae is {canonical.SUITE} and no layer is given; say which layer of the model to"
+            " observe, for example 20."
+        )
+    return msgspec.structs.replace(
+        settings,
+        sae=[
+            canonical.canonical_source(model, layer) if source == canonical.SUITE else source
+            for source, layer in zip(settings.sae, settings.layer, strict=True)
+        ],
+    )
+
+
+def observed(settings: Settings) -> dict[int, SAEInfo]:
+    """The SAE of each layer, in the order of `settings.sae`.
+
+    Raises:
+        ConfigError: An SAE records no layer and none is given, or two read one layer.
+        SAEError, DownloadError: An SAE can not be read.
+    """
+    found: dict[int, SAEInfo] = {}
+    for i, source in enumerate(settings.sae):
+        info = read_sae_info(source)
+        layer = settings.layer[i] if settings.layer else info.layer
+        if layer is None:
+            raise ConfigError(f"SAE {source} does not record its layer; give one with layer.")
+        if layer in found:
+            raise ConfigError(f"two SAEs read layer {layer}; give one SAE per layer.")
+        found[layer] = info
+    return found

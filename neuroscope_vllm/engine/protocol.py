@@ -1,0 +1,50 @@
+"""What every engine can do for the commands that read many texts. Both engines serve it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from neuroscope_vllm.core.passes import Pass
+from neuroscope_vllm.core.sae.info import SAEInfo
+
+
+class Engine(Protocol):
+    """A model that runs token sequences, with an SAE on each observed layer.
+
+    Attributes:
+        model: Name or folder of the model.
+        sites: The SAE that reads each observed layer.
+        sae_input: What the SAEs read, `raw` or `rms`.
+        max_tokens: Longest sequence it runs.
+        tokenizer: The model's own, with transformers' interface (`encode`, `decode`,
+            `all_special_ids`, `apply_chat_template`).
+    """
+
+    model: str
+    sites: dict[int, SAEInfo]
+    sae_input: str
+    max_tokens: int
+    tokenizer: Any
+
+    def run(self, what: Pass, sequences: Sequence[Sequence[int]]) -> dict[int, bytes]:
+        """Run each sequence through the model once, from position 0, and gather `what`.
+
+        Every token's row is seen exactly once. The same sequences in the same order give the same
+        result to the bit on the same machine.
+
+        Args:
+            what: The pass; its `read` decodes the result of a layer.
+            sequences: Token ids, special tokens included, each of 1 to `max_tokens`.
+
+        Returns:
+            The result of each observed layer.
+
+        Raises:
+            EngineError: The engine failed. What earlier runs returned stands.
+        """
+        ...
+
+    def close(self) -> None:
+        """Free the model's memory."""
+        ...

@@ -1,0 +1,280 @@
+"""What `pull` and `push` do with what they are given, as a library, against a hub on loopback."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from neuroscope_vllm.core import artefacts
+from neuroscope_vllm.core.calibration import Calibration
+from neuroscope_vllm.core.errors import (
+    ConfigError,
+    DownloadError,
+    LockError,
+    NeuroscopeError,
+    NoFileError,
+    SAEError,
+)
+from neuroscope_vllm.core.labels import Label, LabelSet, load_labels
+from neuroscope_vllm.core.sharing.card import render_card
+from neuroscope_vllm.core.sharing.lock import Lock, LockedSAE, load_lock
+from neuroscope_vllm.core.sharing.package import Entry, LabelsEntry, Manifest, labels_to_parquet
+from neuroscope_vllm.core.sharing.pull import fetch, resolve, sae_sources
+from neuroscope_vllm.core.sharing.push import push
+from tests.core.test_hub import params  # noqa: F401  (a fixture)
+from tests.support.hf_hub import HubServer, hub  # noqa: F401  (a fixture)
+
+REPO = "org/saes"
+SAES = [f"hf://{REPO}/layer_20/width_16k/average_l0_{l0}" for l0 in (71, 120)]
+DATASET = "alice/features"
+WIDTH = 8
+
+
+@pytest.fixture(autouse=True)
+def home(hub: HubServer, params: bytes, monkeypatch: pytest.MonkeyPatch) -> Path:  # noqa: F811
+    """Two SAEs on the hub, and alice, who has made something about each."""
+    paths = [sae.removeprefix(f"hf://{REPO}/") for sae in SAES]
+    hub.add_repo(REPO, {f"{path}/params.npz": params for path in paths})
+    monkeypatch.setenv("HF_TOKEN", "hf_alice")
+    for sae in SAES:
+        keep(sae, "alice", ["a place"])
+    return artefacts.data_dir()
+
+
+def keep(sae: str, labeller: str, texts: Iterable[str], width: int = WIDTH) -> None:
+    Calibration.empty(width).save(artefacts.home(sae) / "calibration.safetensors")
+    made = [Label(index=n, text=text, labeller=labeller) for n, text in enumerate(texts)]
+    LabelSet(labeller, made).save(artefacts.labels_file(sae, labeller))
+
+
+def manifest(hub: HubServer) -> Manifest:  # noqa: F811
+    import msgspec
+
+    return msgspec.json.decode(
+        hub.read(DATASET, "neuroscope.json", repo_type="dataset"), type=Manifest
+    )
+
+
+def test_a_second_push_adds_and_takes_nothing_away(hub: HubServer) -> None:  # noqa: F811
+    push(DATASET, SAES[:1], license="mit")
+    keep(SAES[0], "bob", ["b", "c"])
+    push(DATASET, SAES[:1], labellers=["bob"])
+    push(DATASET, SAES[1:])
+    there = manifest(hub)
+    assert there.license == "mit"
+    assert {entry.sae: sorted(entry.labels) for entry in there.saes.values()} == {
+        SAES[0]: ["alice", "bob"],
+        SAES[1]: ["alice"],
+    }
+    _, files = hub.repos["dataset", DATASET].files("main")
+    assert sum(path.endswith(".parquet") for path in files) == 3
+    assert len(hub.repos["dataset", DATASET].commits) == 4  # one each, after the empty one
+
+
+def test_pull_from_a_dataset_brings_all_that_it_is_about(
+    hub: HubServer,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    push(DATASET, SAES, private=True)
+    monkeypatch.setenv("NEUROSCOPE_DATA", str(tmp_path / "fresh"))
+    pulled = fetch(resolve(None, None, [], DATASET), locked=False)
+    assert sorted(sae.name for sae in pulled.lock.saes) == sorted(SAES)
+    assert pulled.kept == []
+    for sae in SAES:
+        assert artefacts.find_calibration(sae) in pulled.installed
+        assert [path.name for path in artefacts.find_labels(sae)] == ["alice.jsonl"]
+    pulled.lock.save(tmp_path / "a.lock")
+    assert load_lock(tmp_path / "a.lock") == pulled.lock
+    assert fetch(pulled.lock, locked=True).lock == pulled.lock
+
+
+def test_what_may_not_be_pushed(hub: HubServer, tmp_path: Path) -> None:  # noqa: F811
+    keep(SAES[0], "neuronpedia", ["theirs"])
+    hub.add_repo("alice/other", {"data.csv": b""}, repo_type="dataset")
+    hub.add_repo("alice/public", repo_type="dataset")
+    for words, options, says in (
+        (SAES[:1], {"labellers": ["neuronpedia"]}, "Neuronpedia states no licence under which"),
+        (SAES[:1], {"labellers": ["nobody"]}, "no labels by nobody .* by alice, neuronpedia"),
+        (SAES[:1], {}, "would be public without a licence"),
+        ([str(tmp_path)], {}, "is on this machine only"),
+        ([f"hf://{REPO}/layer_1"], {}, "is not an SAE"),
+        (SAES[:1], {"repo": "alice/other", "license": "mit"}, "holds something else .data.csv."),
+        (SAES[:1], {"repo": "alice/public", "private": True}, "exists and is public"),
+    ):
+        with pytest.raises((ConfigError, SAEError), match=says):
+            push(**{"repo": DATASET, "sources": words, **options})  # type: ignore[arg-type]
+    keep(SAES[0], "alice", ["x"] * (WIDTH + 1))
+    with pytest.raises(ConfigError, match=r"of feature 8 too, but SAE .* has 8"):
+        push(DATASET, SAES[:1], license="mit")
+    keep(SAES[0], "alice", ["x"], width=WIDTH + 1)
+    with pytest.raises(ConfigError, match=r"is of 9 features, but SAE .* has 8"):
+        push(DATASET, SAES[:1], license="mit")
+    assert ("dataset", DATASET) not in hub.repos
+
+
+def parquet(**columns: list[object]) -> bytes:
+    buffer = io.BytesIO()
+    pq.write_table(pa.table(columns), buffer)
+    return buffer.getvalue()
+
+
+GOOD = {"index": [1], "text": ["a"], "labeller": ["alice"]}
+
+
+@pytest.mark.parametrize(
+    ("path", "content", "says"),
+    [
+        ("calibration.safetensors", b"\x80\x04garbage", "is not a safetensors file"),
+        ("calibration.safetensors", Calibration.empty(9).to_bytes(), "is of 9 features, but SAE"),
+        ("labels/alice.parquet", b"PAR1garbage", "are not labels in parquet"),
+        ("labels/alice.parquet", parquet(index=[1], text=["a"]), "are not labels in parquet"),
+        ("labels/alice.parquet", parquet(**GOOD | {"index": [8]}), "hold a label of feature 8 by"),
+        ("labels/alice.parquet", parquet(**GOOD | {"index": [-1]}), "has index -1; indices start"),
+        ("labels/alice.parquet", parquet(**GOOD | {"labeller": ["eve"]}), "feature 1 by 'eve'"),
+        ("labels/alice.parquet", parquet(**GOOD | {"text": ["\x07 "]}), "has an empty text"),
+        ("labels/alice.parquet", parquet(**GOOD | {"text": [b"\xff"]}), "are not labels|no text"),
+        ("labels/alice.parquet", parquet(**GOOD | {"text": ["x" * 99_999]}), "of absurd length"),
+        ("labels/alice.parquet", parquet(**{k: v * 9 for k, v in GOOD.items()}), "are 9 of an SAE"),
+        ("labels/alice.parquet", parquet(index=[], text=[], labeller=[]), "labels|no text"),
+    ],
+)
+def test_a_spoilt_dataset_is_refused_and_leaves_nothing(
+    hub: HubServer,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    path: str,
+    content: bytes,
+    says: str,
+) -> None:
+    push(DATASET, SAES[:1], license="mit")
+    spoilt = f"{artefacts.home(SAES[0]).name}/{path}"
+    hub.commit(DATASET, {spoilt: content}, repo_type="dataset")
+    monkeypatch.setenv("NEUROSCOPE_DATA", str(tmp_path / "fresh"))
+    with pytest.raises(ConfigError, match=says):
+        fetch(resolve(None, None, [], DATASET), locked=False)
+    assert not (tmp_path / "fresh").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"labels": {"../../evil": {"count": 1}}}, "labeller '../../evil' can not name a file"),
+        ({"labels": {"gone": {"count": 1}}}, "has no file .*/labels/gone.parquet"),
+        ({"sae": "/etc"}, "is not a hub address"),
+        ({"sae": "hf://org/saes/../x"}, "leads out of its repository"),
+        ({"sae": SAES[1]}, "has nothing about"),
+        ({"commit": "f" * 40}, "has no revision 'ffff"),
+        ({"width": "wide"}, "cannot be read .Expected `int`"),
+    ],
+)
+def test_a_manifest_is_not_trusted(
+    hub: HubServer,  # noqa: F811
+    changes: dict[str, object],
+    says: str,
+) -> None:
+    push(DATASET, SAES[:1], license="mit")
+    there = json.loads(hub.read(DATASET, "neuroscope.json", repo_type="dataset"))
+    for entry in there["saes"].values():
+        entry.update(changes)
+    for content in (json.dumps(there).encode(),):
+        hub.commit(DATASET, {"neuroscope.json": content}, repo_type="dataset")
+        with pytest.raises(NeuroscopeError, match=says):
+            fetch(resolve(None, None, [], DATASET), locked=False)
+
+
+def test_a_dataset_of_others_and_a_version_of_tomorrow(hub: HubServer) -> None:  # noqa: F811
+    hub.add_repo(DATASET, {"data.csv": b""}, repo_type="dataset")
+    with pytest.raises(NoFileError, match="was not written by `neuroscope push`"):
+        resolve(None, None, [], DATASET)
+    hub.commit(DATASET, {"neuroscope.json": b'{"version": 2}'}, repo_type="dataset")
+    with pytest.raises(ConfigError, match="is of version 2, and this neuroscope reads version 1"):
+        resolve(None, None, [], DATASET)
+
+
+def test_what_the_hub_does_not_take_is_said() -> None:
+    with pytest.raises(DownloadError, match=r'does not take .*"license" must be one of'):
+        push(DATASET, SAES[:1], license="nonsense")
+
+
+def test_a_dataset_that_is_about_some_of_the_saes(
+    caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    push(DATASET, SAES[:1], license="mit")
+    pulled = fetch(resolve(None, None, SAES, DATASET), locked=False)
+    assert len(pulled.saes) == 2
+    assert f"has nothing about {SAES[1]}" in caplog.text
+    with pytest.raises(ConfigError, match=f"nothing about {SAES[1]}; it is about {SAES[0]}"):
+        fetch(resolve(None, None, SAES[1:], DATASET), locked=False)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "/models/gemma", "a/b/c", "../b"])
+def test_what_cannot_be_a_repository(name: str) -> None:
+    with pytest.raises(ConfigError, match="write org/repo"):
+        resolve(name, None, [], None)
+    with pytest.raises(ConfigError, match="write org/repo"):
+        resolve(None, None, [], name)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("{", "is damaged"),
+        ("[]", "is damaged"),
+        ('{"version": 7, "new": 1}', "is of version 7, and this neuroscope reads version 1"),
+        ('{"saes": [{"type": "model", "repo": "a/b", "commit": "main", "path": ""}]}', "damaged"),
+        ('{"saes": [{"type": "model", "repo": "../b", "commit": "C", "path": ""}]}', "damaged"),
+        ('{"unknown": 1}', "is damaged"),
+    ],
+)
+def test_a_lock_that_is_damaged(tmp_path: Path, content: str, says: str) -> None:
+    path = tmp_path / "neuroscope.lock"
+    path.write_text(content.replace('"C"', f'"{"a" * 40}"'))
+    with pytest.raises(LockError, match=says):
+        load_lock(path)
+
+
+def test_a_lock_does_not_lead_out(hub: HubServer) -> None:  # noqa: F811
+    commit = hub.repos["model", REPO].refs["main"]
+    lock = Lock(saes=[LockedSAE(repo=REPO, commit=commit, path="../../etc")])
+    with pytest.raises(SAEError, match="leads out"):
+        fetch(lock, locked=True)
+
+
+def test_gemma_scope_is_one_sae_for_each_layer() -> None:
+    found = sae_sources(["gemma-scope"], [20, 12], "google/gemma-2-2b")
+    assert [source.split("/")[4] for source in found] == ["layer_20", "layer_12"]
+    with pytest.raises(ConfigError, match="give MODEL and --layer"):
+        sae_sources(["gemma-scope"], [], "google/gemma-2-2b")
+    with pytest.raises(ConfigError, match="leave --layer out"):
+        sae_sources([SAES[0]], [20], None)
+
+
+def test_the_card_shows_what_others_wrote_as_text() -> None:
+    labels = {"x|y": LabelsEntry(count=1, methods=["<b>|\n---"], models=["[a](b)"])}
+    entry = Entry(sae=SAES[0], commit="c", width=8, labels=labels, model="`m`")
+    with pytest.raises(ConfigError, match="can not name a file"):
+        render_card("a/b", Manifest(saes={"k": entry}))
+    card = render_card(
+        "a/b", Manifest(saes={"k": Entry(sae=SAES[0], commit="c", width=8, model="<i>")})
+    )
+    assert "\\<i\\>" in card
+
+
+def test_the_same_labels_are_the_same_bytes() -> None:
+    labels = load_labels(artefacts.labels_file(SAES[0], "alice"))
+    assert labels_to_parquet(labels) == labels_to_parquet(labels)
+
+
+def test_two_pushes_at_once_lose_nothing(hub: HubServer) -> None:  # noqa: F811
+    push(DATASET, SAES[:1], license="mit")
+    hub.before_commit = lambda: hub.commit(DATASET, {"x": b""}, repo_type="dataset")
+    with pytest.raises(DownloadError, match="A commit has happened since"):
+        push(DATASET, SAES[1:])
+    assert list(manifest(hub).saes) == [artefacts.home(SAES[0]).name]
