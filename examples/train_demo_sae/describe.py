@@ -12,11 +12,12 @@ from pathlib import Path
 import torch
 from collect import LAYER, ROWS_PER_SHARD, stream
 from corpus import learnable
-from measure import without_sinks
+from measure import sink_cut
 from safetensors.torch import load_file
 
 from neuroscope_vllm.core.calibration import Calibration
 from neuroscope_vllm.core.labels import Label, LabelSet
+from neuroscope_vllm.core.passes import CalibrationPass, Rows
 from neuroscope_vllm.core.sae import SAE, load_sae
 from neuroscope_vllm.core.token_labels import (
     LABELLER,
@@ -33,38 +34,43 @@ EXAMPLES = 20
 def gather(
     sae: SAE, acts: Path, tokens: torch.Tensor, mask: torch.Tensor
 ) -> tuple[Calibration, TopExamples]:
-    """One pass over the collected residuals, special tokens and attention sinks left out."""
-    today = datetime.datetime.now(datetime.UTC).date().isoformat()
-    calibration = Calibration.empty(
-        sae.width,
-        sae=f"{MODEL_NAME} layer {LAYER}",
-        model=MODEL_NAME,
-        corpus="examples/train_demo_sae",
-        created=today,
-    )
-    examples = TopExamples(sae.width, EXAMPLES)
+    """One pass over the collected residuals, special tokens and attention sinks left out.
+
+    What `neuroscope calibrate` gathers, from residuals that are already here; and it can not leave
+    out the system prompt, which is the same in every chat.
+    """
     shards = zip(
         stream(acts, "train", len(tokens)),
         tokens.split(ROWS_PER_SHARD),
         mask.split(ROWS_PER_SHARD),
         strict=True,
     )
+    examples = TopExamples(sae.width, EXAMPLES)
+    gatherer, cut = None, 0.0
     for number, (residuals, ids, wanted) in enumerate(shards):
-        norms = residuals.float().norm(dim=-1)
-        calibration.update_norms(norms[wanted])
-        kept = without_sinks(residuals, wanted, calibration.sink_norm)
+        if gatherer is None:
+            _, cut = sink_cut(residuals, wanted)
+            gatherer = _pass(cut).gather(LAYER, sae)
         place = torch.arange(ids.numel()).view_as(ids) + number * ROWS_PER_SHARD * ids.shape[1]
-        for x, token, position in zip(
-            residuals[kept].split(4096),
-            ids[kept].long().split(4096),
-            place[kept].split(4096),
-            strict=True,
-        ):
-            activations = sae.encode(x.float())
-            calibration.update(activations)
-            examples.update(activations, token, position)
-        print(f"{calibration.tokens:,} tokens", flush=True)
-    return calibration, examples
+        rows = (place[wanted], ids[wanted].long(), residuals[wanted])
+        for position, token, x in zip(*(column.split(4096) for column in rows), strict=True):
+            gatherer.add(Rows(torch.zeros_like(position), position, token, x))
+            kept = x.float().norm(dim=-1) <= cut
+            examples.update(sae.encode(x[kept]), token[kept], position[kept])
+        print(f"{number + 1} of {-(-len(tokens) // ROWS_PER_SHARD)} shards", flush=True)
+    assert gatherer is not None
+    return CalibrationPass.read(gatherer.result()), examples
+
+
+def _pass(cut: float) -> CalibrationPass:
+    return CalibrationPass(
+        special_ids=[],  # the mask has left them out
+        sink_norm={LAYER: cut},
+        sae={LAYER: f"{MODEL_NAME} layer {LAYER}"},
+        model=MODEL_NAME,
+        corpus="examples/train_demo_sae",
+        created=datetime.datetime.now(datetime.UTC).date().isoformat(),
+    )
 
 
 def label(sae: SAE, examples: TopExamples, model: Path, created: str) -> LabelSet:

@@ -55,7 +55,8 @@ class Calibration:
         sinks: Attention sinks left out.
         reconstruction: How well the SAE rebuilt those tokens; None: not measured.
         sink_norm: Norm above which a residual was taken for a sink; infinity: none was.
-        sae, model, corpus: What it was measured with; the same in all that merge, as is sink_norm.
+        sae, sae_input, model, corpus: What it was measured with; the same in all that merge, as is
+            sink_norm. `sae_input`: "raw", or "rms".
         created: ISO date.
     """
 
@@ -70,6 +71,7 @@ class Calibration:
     sinks: int = 0
     sink_norm: float = float("inf")
     sae: str = ""
+    sae_input: str = "raw"
     model: str = ""
     corpus: str = ""
     created: str = ""
@@ -82,6 +84,7 @@ class Calibration:
         d_model: int | None = None,
         sink_norm: float = float("inf"),
         sae: str = "",
+        sae_input: str = "raw",
         model: str = "",
         corpus: str = "",
         created: str = "",
@@ -98,6 +101,7 @@ class Calibration:
             reconstruction=None if d_model is None else Reconstruction.empty(d_model),
             sink_norm=sink_norm,
             sae=sae,
+            sae_input=sae_input,
             model=model,
             corpus=corpus,
             created=created,
@@ -175,7 +179,7 @@ class Calibration:
         Raises:
             ConfigError: They were measured with another SAE, model, corpus or cut.
         """
-        for name in ("width", "sink_norm", "sae", "model", "corpus"):
+        for name in ("width", "sink_norm", "sae", "sae_input", "model", "corpus"):
             mine, theirs = getattr(self, name), getattr(other, name)
             if mine != theirs:
                 raise ConfigError(
@@ -252,6 +256,7 @@ class Calibration:
                 sinks=int(metadata["sinks"]),
                 sink_norm=float(metadata["sink_norm"]),
                 sae=metadata["sae"],
+                sae_input=metadata["sae_input"],
                 model=metadata["model"],
                 corpus=metadata["corpus"],
                 created=metadata["created"],
@@ -278,7 +283,7 @@ class Calibration:
 
 
 _TENSORS = ("firings", "total", "total_square", "maximum", "histogram", "norm_histogram")
-_HEADER = ("tokens", "sinks", "sink_norm", "sae", "model", "corpus", "created")
+_HEADER = ("tokens", "sinks", "sink_norm", "sae", "sae_input", "model", "corpus", "created")
 
 
 def _metadata(data: bytes) -> dict[str, str]:

@@ -49,12 +49,13 @@ class CalibrationPass(msgspec.Struct, frozen=True, kw_only=True, tag="calibratio
     Attributes:
         special_ids: Tokens left out of everything, norms too.
         sink_norm: Rows above this norm are left out of all but the norms.
-        sae, model, corpus, created: The calibration's provenance; `sae` by layer.
+        sae, sae_input, model, corpus, created: The calibration's provenance; `sae` by layer.
     """
 
     special_ids: list[int]
     sink_norm: dict[int, float] = {}
     sae: dict[int, str] = {}
+    sae_input: str = "raw"
     model: str = ""
     corpus: str = ""
     created: str = ""
@@ -76,6 +77,7 @@ class _Calibrating:
             d_model=sae.d_model,
             sink_norm=what.sink_norm.get(layer, float("inf")),
             sae=what.sae.get(layer, ""),
+            sae_input=what.sae_input,
             model=what.model,
             corpus=what.corpus,
             created=what.created,

@@ -152,12 +152,10 @@ def make_ranker(
     if width not in (None, calibration.width):
         raise ConfigError(
             f"the calibration has {calibration.width} features but the SAE has {width}; "
-            f"calibrate this SAE with `examples/train_demo_sae/describe.py`."
+            f"calibrate this SAE with `neuroscope calibrate`."
         )
     if calibration.tokens == 0:
-        raise ConfigError(
-            "the calibration saw no tokens; make it with `examples/train_demo_sae/describe.py`."
-        )
+        raise ConfigError("the calibration saw no tokens; make it with `neuroscope calibrate`.")
     mask = (calibration.frequency > max_frequency).to(device)
     if method in ("tail", "quantile"):
         return TailRanker(mask, calibration, quantile=method == "quantile", device=device)
@@ -173,7 +171,7 @@ def _without_calibration(method: str, width: int | None, device: torch.device) -
     if method != "activation":
         raise ConfigError(
             f"ranking {method!r} needs a calibration; make one with "
-            f"`examples/train_demo_sae/describe.py`, or use ranking 'activation'."
+            f"`neuroscope calibrate`, or use ranking 'activation'."
         )
     if width is None:
         raise ConfigError("ranking without a calibration needs the SAE's width; give width=.")

@@ -122,6 +122,7 @@ def _pass(engine: Engine, corpus: Corpus, done: Checkpoint | None) -> Calibratio
         special_ids=sorted(engine.tokenizer.all_special_ids),
         sink_norm=done.sink_norm if done else {},
         sae={layer: _identity(engine, layer) for layer in engine.sites},
+        sae_input=engine.sae_input,
         model=engine.model,
         corpus=corpus.describe(),
         created=done.created if done else "",

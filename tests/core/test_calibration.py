@@ -100,7 +100,7 @@ def test_merging_leaves_both_as_they_were() -> None:
     torch.testing.assert_close(first.firings, measured(activations(5)).firings)
 
 
-@pytest.mark.parametrize("name", ["sae", "model", "corpus"])
+@pytest.mark.parametrize("name", ["sae", "sae_input", "model", "corpus"])
 def test_measurements_of_different_things_do_not_merge(name: str) -> None:
     with pytest.raises(ConfigError, match=f"calibrations of {name} 'a' and {name} 'b' cannot be"):
         Calibration.empty(4, **{name: "a"}).merge(Calibration.empty(4, **{name: "b"}))
@@ -139,7 +139,7 @@ def test_bf16_activations_are_counted_as_they_are() -> None:
 def full(tokens: int = 30) -> Calibration:
     """With every field filled."""
     calibration = measured(activations(tokens))
-    calibration.sae, calibration.model = "s", "m"
+    calibration.sae, calibration.sae_input, calibration.model = "s", "rms", "m"
     calibration.corpus, calibration.created = "wikitext", "2026-01-02"
     calibration.sinks, calibration.sink_norm = 3, 1432.4321
     calibration.reconstruction = Reconstruction.empty(4)
@@ -152,7 +152,7 @@ def assert_equal(first: Calibration, second: Calibration) -> None:
     """To the bit."""
     for name in TENSORS:
         torch.testing.assert_close(getattr(first, name), getattr(second, name), rtol=0, atol=0)
-    for name in ("tokens", "sinks", "sink_norm", "sae", "model", "corpus", "created"):
+    for name in ("tokens", "sinks", "sink_norm", "sae", "sae_input", "model", "corpus", "created"):
         assert getattr(first, name) == getattr(second, name), name
     assert (first.reconstruction is None) == (second.reconstruction is None)
     if first.reconstruction is not None and second.reconstruction is not None:

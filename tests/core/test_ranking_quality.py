@@ -110,10 +110,13 @@ def test_bits_are_the_entropy_when_features_name_the_target_and_none_by_chance()
 
 
 def test_bits_are_told_of_documents_that_the_model_did_not_see() -> None:
-    target = torch.arange(40).repeat_interleave(25)  # each document has one token of its own
+    common = torch.randint(8, (40, 25), generator=torch.Generator().manual_seed(0))
+    peculiar = torch.arange(8, 48)[:, None].expand(40, 25)  # to each document
+    target = torch.cat([common, peculiar], dim=1).reshape(-1)
     tokens = tokens_of(target.tolist(), documents=40)
-    own = shown(*target[:, None].tolist())
-    assert float(information(own, tokens, target).mean()) <= 0.0
+    bits = information(shown(*target[:, None].tolist()), tokens, target)
+    assert float(bits[target < 8].mean()) > 1
+    assert float(bits[target >= 8].mean()) <= 0
 
 
 def test_kept_is_the_overlap_with_the_token_before() -> None:

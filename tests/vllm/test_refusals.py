@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from neuroscope_vllm.core.calibration import Calibration
 from tests.support import models
 from tests.support.served import SMALL, environment, start_vllm
 
@@ -138,8 +139,13 @@ def test_ranking_without_its_calibration(refuse: Any, tiny_sae: Path) -> None:
 
 
 def test_calibration_of_another_width(refuse: Any, tiny_sae: Path, tmp_path: Path) -> None:
-    from neuroscope_vllm.core.calibration import Calibration
-
     path = tmp_path / "calibration.safetensors"
     Calibration.empty(256).save(path)
     refuse({"sae": str(tiny_sae), "calibration": str(path)}, "256 features .* 512")
+
+
+def test_calibration_of_another_input(refuse: Any, tiny_sae: Path, tmp_path: Path) -> None:
+    path = tmp_path / "calibration.safetensors"
+    Calibration.empty(512, sae_input="rms").save(path)
+    why = "was made with sae_input rms, but sae_input is raw"
+    refuse({"sae": str(tiny_sae), "calibration": str(path)}, why)

@@ -7,8 +7,6 @@ from collections.abc import Collection, Iterable, Sequence
 import torch
 from torch import Tensor
 
-from neuroscope_vllm.core import artefacts
-from neuroscope_vllm.core.calibration import Calibration
 from neuroscope_vllm.core.config import Settings
 from neuroscope_vllm.core.errors import ConfigError
 from neuroscope_vllm.core.events import Feature
@@ -17,6 +15,7 @@ from neuroscope_vllm.core.labels import LabelSet
 from neuroscope_vllm.core.passes import TokenFeatures
 from neuroscope_vllm.core.ranking import make_ranker
 from neuroscope_vllm.core.sae.info import SAEInfo
+from neuroscope_vllm.core.sae.observed import calibration_of
 
 
 class Inspector:
@@ -47,9 +46,8 @@ class Inspector:
             ConfigError: A calibration is wrong, or a ranking needs one and there is none.
         """
         source = settings.sae[number]
-        path = settings.calibration[number] if settings.calibration else None
-        path = path or artefacts.find_calibration(source)
-        calibration = Calibration.load(path) if path is not None else None
+        found = calibration_of(settings, number, info)
+        calibration = found[1] if found else None
         ranking = settings.ranking_of(calibration is not None)
         self.site = Site(layer=layer, sae=source, ranking=ranking, top_k=settings.top_k)
         self.calibrated = calibration is not None

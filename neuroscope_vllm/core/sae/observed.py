@@ -1,9 +1,13 @@
-"""From the settings to the SAE of each observed layer."""
+"""From the settings to the SAE of each observed layer, and its calibration."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import msgspec
 
+from neuroscope_vllm.core import artefacts
+from neuroscope_vllm.core.calibration import Calibration
 from neuroscope_vllm.core.config import Settings
 from neuroscope_vllm.core.errors import ConfigError
 from neuroscope_vllm.core.sae import canonical
@@ -50,3 +54,34 @@ def observed(settings: Settings) -> dict[int, SAEInfo]:
             raise ConfigError(f"two SAEs read layer {layer}; give one SAE per layer.")
         found[layer] = info
     return found
+
+
+def calibration_of(
+    settings: Settings, number: int, info: SAEInfo
+) -> tuple[Path, Calibration] | None:
+    """The calibration of the SAE `settings.sae[number]`, and its file.
+
+    As given, else the user's own, else the one that ships beside the SAE; None: there is none.
+
+    Raises:
+        ConfigError: It can not be used, or was made with another SAE or `sae_input`.
+    """
+    given = settings.calibration[number] if settings.calibration else None
+    path = Path(given) if given else artefacts.find_calibration(settings.sae[number])
+    if path is None:
+        return None
+    calibration = Calibration.load(path)
+    if calibration.width != info.width:
+        raise ConfigError(
+            f"calibration {path} is of {calibration.width} features but SAE {info.source} has"
+            f" {info.width}; use the calibration made with this SAE."
+        )
+    if calibration.sae_input != settings.sae_input:
+        raise ConfigError(
+            f"calibration {path} was made with sae_input {calibration.sae_input}, but sae_input is"
+            f" {settings.sae_input}; make one with `neuroscope calibrate --sae-input"
+            f" {settings.sae_input}`."
+        )
+    if calibration.tokens == 0:
+        raise ConfigError(f"calibration {path} saw no tokens; use one made on a corpus.")
+    return path, calibration

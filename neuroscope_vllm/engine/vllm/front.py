@@ -18,14 +18,13 @@ from typing import Any
 
 from vllm.config import ModelConfig, VllmConfig
 
-from neuroscope_vllm.core import artefacts, launch
-from neuroscope_vllm.core.calibration import Calibration
+from neuroscope_vllm.core import launch
 from neuroscope_vllm.core.config import RUNTIME_VARIABLE, Settings, asked_for, resolve
 from neuroscope_vllm.core.errors import ConfigError, NeuroscopeError
 from neuroscope_vllm.core.keys import check_reachable, hub_endpoint
 from neuroscope_vllm.core.sae import check_fits, load_sae
 from neuroscope_vllm.core.sae.info import SAEInfo
-from neuroscope_vllm.core.sae.observed import named, observed
+from neuroscope_vllm.core.sae.observed import calibration_of, named, observed
 from neuroscope_vllm.engine.vllm import plugin
 from neuroscope_vllm.engine.vllm.refusals import check_served, warnings
 from neuroscope_vllm.engine.vllm.settings import KEY, SiteSettings, WorkerSettings, given_flags
@@ -115,7 +114,8 @@ def _sites(settings: Settings, model: ModelConfig) -> list[SiteSettings]:
             load_sae(source)  # finds NaN and truncation now rather than in a worker
         calibration = None
         if not _passes_only.get():  # what makes calibrations needs none
-            calibration = _calibration(settings, i, info)
+            found_calibration = calibration_of(settings, i, info)
+            calibration = found_calibration and str(found_calibration[0])
             _check_ranking(settings, info, calibration)
         sites.append(SiteSettings(layer, _pinned(source, info), info, calibration))
     return sorted(sites, key=lambda site: site.layer)
@@ -126,23 +126,6 @@ def _pinned(source: str, info: SAEInfo) -> str:
     if info.revision is None:
         return source
     return re.sub(r"^(hf://[^/]+/[^/@]+)(@[^/]+)?", rf"\1@{info.revision}", source)
-
-
-def _calibration(settings: Settings, i: int, info: SAEInfo) -> str | None:
-    """The calibration file of the i-th SAE: as given, else the user's own, else as shipped."""
-    found = artefacts.find_calibration(settings.sae[i])
-    path = settings.calibration[i] if settings.calibration else found and str(found)
-    if path is None:
-        return None
-    calibration = Calibration.load(path)
-    if calibration.width != info.width:
-        raise ConfigError(
-            f"calibration {path} is of {calibration.width} features but SAE {info.source} has"
-            f" {info.width}; use the calibration made with this SAE."
-        )
-    if calibration.tokens == 0:
-        raise ConfigError(f"calibration {path} saw no tokens; use one made on a corpus.")
-    return path
 
 
 def _check_ranking(settings: Settings, info: SAEInfo, calibration: str | None) -> None:
