@@ -82,6 +82,11 @@ def command(
             found = _run(engine, corpus, output, restart)
     except NeuroscopeError as error:
         raise click.ClickException(str(error)) from None
+    except OSError as error:
+        raise click.ClickException(
+            f"{error.filename} can not be written ({error.strerror}); what is done is kept, so mend"
+            " that and give the same command again."
+        ) from None
     except KeyboardInterrupt:
         console.print("neuroscope: stopped; give the same command again to go on")
         raise click.exceptions.Exit(130) from None
@@ -104,15 +109,16 @@ def _run(
     }
     first = writable(next(iter(paths.values())))
     checkpoint = first.with_name(first.name + ".checkpoint")
-    with _progress(corpus.samples) as report:
-        total, done = calibrate(engine, corpus, checkpoint, restart=restart, on_progress=report)
+    with artefacts.only_writer(first):
+        with _progress(corpus.samples) as report:
+            total, done = calibrate(engine, corpus, checkpoint, restart=restart, on_progress=report)
+        for layer, calibration in total.items():
+            calibration.save(writable(paths[layer]))
+        checkpoint.unlink()
     if done.sequences < corpus.samples:
         console.print(
             f"neuroscope: {corpus.source} gave {done.sequences} samples of {corpus.samples}"
         )
-    for layer, calibration in total.items():
-        calibration.save(writable(paths[layer]))
-    checkpoint.unlink()
     return [
         _summary(layer, calibration, done, paths[layer]) for layer, calibration in total.items()
     ]

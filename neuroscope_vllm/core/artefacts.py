@@ -9,9 +9,12 @@ folder and comes first:
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 from neuroscope_vllm.core.errors import ConfigError
@@ -82,6 +85,28 @@ def labels_file(source: str, labeller: str) -> Path:
             f"labeller {labeller!r} can not name a file; use letters, digits, and . _ + -."
         )
     return home(source) / "labels" / f"{labeller}.jsonl"
+
+
+@contextmanager
+def only_writer(path: Path) -> Iterator[None]:
+    """Keep other processes from making the same file.
+
+    Raises:
+        ConfigError: One is at it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    guard = path.with_name(path.name + ".lock")
+    with guard.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ConfigError(
+                f"another process is making {path}; wait for it, or write to another file."
+            ) from None
+        try:
+            yield
+        finally:
+            guard.unlink(missing_ok=True)
 
 
 def write_whole(path: Path, content: bytes) -> None:

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from neuroscope_vllm.cli.demo import demo_model, demo_sae
 from neuroscope_vllm.cli.main import main
-from neuroscope_vllm.core.artefacts import home
+from neuroscope_vllm.core.artefacts import home, only_writer
 from neuroscope_vllm.core.calibration import Calibration, edges
 from neuroscope_vllm.engine.calibrate import CHUNK, Checkpoint
 from tests.core.test_calibration import assert_equal
@@ -303,6 +303,12 @@ def test_what_does_not_fit_is_said(
     blocked = tmp_path / "blocked"
     blocked.write_text("")
     assert "can not be made" in refused(*quick, *read, "--output", blocked / "c")
+    with only_writer(tmp_path / "c"):
+        busy = refused(*quick, *read, "--output", tmp_path / "c")
+    assert "another process is making" in busy
+    (tmp_path / "folder").mkdir()
+    there = refused(*quick, *read, "--samples", 2, "--output", tmp_path / "folder")
+    assert "can not be written (Is a directory); what is done is kept" in there
 
 
 WIKITEXT_CARD = """---

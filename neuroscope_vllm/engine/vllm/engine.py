@@ -97,7 +97,14 @@ class VLLMEngine:
                 f"vLLM failed on {len(sequences)} sequences ({_reason(error)}); what was done"
                 " before stands, so the same command goes on from there."
             ) from error
-        return {layer: result for found in results for layer, result in found.items()}
+        total = sum(map(len, sequences))
+        for seen, found in results:
+            if found and seen != total:
+                raise EngineError(
+                    f"vLLM ran {seen} of {total} tokens, so the pass would be false; leave out vLLM"
+                    " flags that make it skip or repeat some."
+                )
+        return {layer: result for _, found in results for layer, result in found.items()}
 
     def close(self) -> None:
         self._llm.llm_engine.engine_core.shutdown()

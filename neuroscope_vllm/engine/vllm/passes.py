@@ -37,10 +37,11 @@ class PassRunner:
         self._sites = sites
         self._gatherers: list[Gatherer] = []
         self._next: dict[str, int] = {}  # position up to which a request's rows were seen
+        self._num_rows = 0
 
     def begin(self, what: bytes) -> None:
         decoded = msgspec.msgpack.decode(what, type=Pass)
-        self._next = {}
+        self._next, self._num_rows = {}, 0
         self._gatherers = [decoded.gather(site.layer, site.sae) for site in self._sites]
 
     @torch.inference_mode()
@@ -57,15 +58,16 @@ class PassRunner:
             new[start:stop] = positions[start:stop] >= seen
             sequence[start:stop] = int(request_id.partition("-")[0])
             self._next[request_id] = max(seen, int(positions[stop - 1]) + 1)
+        self._num_rows += int(new.sum())
         for site, gatherer in zip(self._sites, self._gatherers, strict=True):
             residual = site.rows[: step.num_rows][new.to(site.rows.device)]
             gatherer.add(Rows(sequence[new], positions[new], token_ids[new], residual))
 
-    def end(self) -> dict[int, bytes]:
-        """The result of each layer that this worker observes."""
+    def end(self) -> tuple[int, dict[int, bytes]]:
+        """How many rows were seen, and the result of each layer that this worker observes."""
         found = {
             site.layer: gatherer.result()
             for site, gatherer in zip(self._sites, self._gatherers, strict=True)
         }
         self._gatherers = []
-        return found
+        return self._num_rows, found
