@@ -80,7 +80,12 @@ def learnable(tokens: torch.Tensor, tokenizer, keep_prefix: int = 0) -> torch.Te
 def _source_rows(
     tokenizer, name: str, cache: Path, held_out: bool, rng: random.Random
 ) -> Iterator[list[int]]:
-    """Rows of one package; whole documents are held out, and each is either plain or chat."""
+    """Rows of one package; whole documents are held out, and each is either plain or chat.
+
+    Not quite held out: chats draw from `rng` too, so the two parts split the documents differently,
+    and some are in both. Kept, because it is how the SAE that ships was trained; give the split
+    random numbers of its own before training another. `unseen.py` finds text that is in neither.
+    """
     source = SOURCES[name]
     for document in source.read(fetch(source, cache)):
         kept_back, as_chat = rng.random() < HELD_OUT, rng.random() < 0.5
