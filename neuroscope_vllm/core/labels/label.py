@@ -151,11 +151,7 @@ class LabelSet:
 
     def save(self, path: str | Path) -> None:
         """Write JSONL by ascending index; the file is replaced whole or not at all."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        partial.write_bytes(self.to_jsonl())
-        partial.replace(path)
+        artefacts.write_whole(Path(path), self.to_jsonl())
 
     def to_jsonl(self) -> bytes:
         encode = msgspec.json.Encoder().encode
