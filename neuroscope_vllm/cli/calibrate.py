@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from neuroscope_vllm.engine.calibrate import Checkpoint
     from neuroscope_vllm.engine.protocol import Engine
 
+FEW_TOKENS = 10_000
+
 HELP = """Measure how often and how strongly each feature fires on ordinary text.
 
 Runs a corpus through the model, by default 1,000 samples of WikiText-103, and writes one
@@ -65,7 +67,7 @@ def command(
     samples: int,
     **engine_options: Any,
 ) -> None:
-    from neuroscope_vllm.core.corpus import WIKITEXT, Corpus
+    from neuroscope_vllm.core.corpus import WIKITEXT, Corpus, check
 
     corpus = Corpus(
         source=source or WIKITEXT,
@@ -77,6 +79,7 @@ def command(
         max_tokens=max_tokens,
     )
     try:
+        check(corpus)
         engine = open_engine(max_tokens=max_tokens, **engine_options)
         with contextlib.closing(engine):
             found = _run(engine, corpus, output, restart)
@@ -84,8 +87,8 @@ def command(
         raise click.ClickException(str(error)) from None
     except OSError as error:
         raise click.ClickException(
-            f"{error.filename} can not be written ({error.strerror}); what is done is kept, so mend"
-            " that and give the same command again."
+            f"{error.filename or 'the result'} can not be written ({error.strerror}); what is done"
+            " is kept, so mend that and give the same command again."
         ) from None
     except KeyboardInterrupt:
         console.print("neuroscope: stopped; give the same command again to go on")
@@ -103,17 +106,20 @@ def _run(
 
     if output is not None and len(engine.sites) > 1:
         raise click.UsageError("--output names one file, but there are several SAEs; leave it out.")
+    name = artefacts.calibration_name(engine.sae_input)
     paths = {
-        layer: output or artefacts.home(info.source) / artefacts.CALIBRATION
+        layer: writable(output or artefacts.home(info.source) / name)
         for layer, info in engine.sites.items()
     }
-    first = writable(next(iter(paths.values())))
+    first = next(iter(paths.values()))
     checkpoint = first.with_name(first.name + ".checkpoint")
-    with artefacts.only_writer(first):
+    with contextlib.ExitStack() as guards:
+        for path in paths.values():
+            guards.enter_context(artefacts.only_writer(path))
         with _progress(corpus.samples) as report:
             total, done = calibrate(engine, corpus, checkpoint, restart=restart, on_progress=report)
         for layer, calibration in total.items():
-            calibration.save(writable(paths[layer]))
+            _save(calibration, paths[layer])
         checkpoint.unlink()
     if done.sequences < corpus.samples:
         console.print(
@@ -122,6 +128,17 @@ def _run(
     return [
         _summary(layer, calibration, done, paths[layer]) for layer, calibration in total.items()
     ]
+
+
+def _save(calibration: Calibration, path: Path) -> None:
+    if old := artefacts.keep_old(path, calibration.to_bytes()):
+        console.print(f"neuroscope: kept what was there as {old}")
+    if calibration.tokens < FEW_TOKENS:
+        console.print(
+            f"neuroscope: {calibration.tokens:,} tokens are few: features that fire on fewer than"
+            f" one in {max(calibration.tokens // 10, 1):,} are hardly known"
+        )
+    calibration.save(path)
 
 
 @contextlib.contextmanager

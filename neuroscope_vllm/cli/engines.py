@@ -125,7 +125,9 @@ def start_engine(
 
 
 def writable(path: Path) -> Path:
-    """`path`, once its folder exists. Raises click.ClickException where it can not be made."""
+    """`path`, once its folder exists. Raises click.ClickException where it can not be written."""
+    if path.is_dir():
+        raise click.ClickException(f"{path} is a folder; name a file with --output.")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -155,10 +155,10 @@ def _source(
 
 
 def _print_json(inspected: list[Inspected]) -> None:
-    import msgspec
+    from neuroscope_vllm.core.json_text import to_json
 
     for one in inspected:
-        click.echo(msgspec.json.encode(one.record))
+        click.echo(to_json(one.record))
 
 
 def _write_page(path: Path, given: list[Given], inspected: list[Inspected], source: Source) -> None:

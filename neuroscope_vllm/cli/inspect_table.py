@@ -30,12 +30,14 @@ def print_tables(records: Iterable[Inspection], headings: Iterable[str]) -> None
             tracked = [feature for feature in record.features if feature.layer == site.layer]
             table = Table(title=Text(f"{printable(heading)}, layer {site.layer}"), expand=True)
             words = [repr(token.token) if token.token else PART for token in tokens]
-            widest = min(max(map(cell_len, words)), MAX_WORD)
+            widest = min(max(map(cell_len, ("token", *words))), MAX_WORD)
             table.add_column("token", width=widest, overflow="fold")
             table.add_column("L0", justify="right")
             for feature in tracked:
                 table.add_column(f"[{feature.index}]".replace("[", r"\["), justify="right")
-            table.add_column(f"strongest features, by {site.ranking}", ratio=1, no_wrap=True)
+            table.add_column(
+                f"best features by {site.ranking}, with activations", ratio=1, no_wrap=True
+            )
             best = [token.top_features[0].score for token in tokens if token.top_features]
             most = max([*best, 0.0])
             for at, (token, word) in enumerate(zip(tokens, words, strict=True)):

@@ -7,18 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import click
-import msgspec
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
+from neuroscope_vllm.core.json_text import to_json
 from neuroscope_vllm.core.labels import Label
 from neuroscope_vllm.core.labels.neuronpedia_export import fetch_explanations
 
 
 def print_json(content: Any) -> None:
-    click.echo(msgspec.json.encode(content).decode())
+    click.echo(to_json(content))
 
 
 def print_labellers(summaries: list[dict[str, Any]]) -> None:

@@ -101,9 +101,10 @@ def import_(
 @takes_sae
 def export(source: str | None, labeller: str, output: Path | None, form: str | None) -> None:
     """Write a LABELLER's labels as JSONL or CSV, to a file or to stdout."""
+    from neuroscope_vllm.core.labels import labels_of
     from neuroscope_vllm.core.labels.csv_file import to_csv
 
-    _, labels = _named(_or_demo(source), labeller)
+    _, labels = labels_of(_or_demo(source), labeller)
     is_csv = form == "csv" or (form is None and output is not None and output.suffix == ".csv")
     content = to_csv(labels).encode() if is_csv else labels.to_jsonl()
     if output is None:
@@ -173,19 +174,26 @@ def show(source: str | None, indices: tuple[int, ...], labeller: str | None, as_
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @takes_sae
 def remove(source: str | None, labeller: str, yes: bool) -> None:
-    """Delete a LABELLER's labels."""
+    """Delete a LABELLER's labels, also where their file is damaged."""
     from neuroscope_vllm.core import artefacts
+    from neuroscope_vllm.core.errors import ConfigError
+    from neuroscope_vllm.core.labels import labels_of, load_labels
 
     source = _or_demo(source)
-    path, labels = _named(source, labeller)
+    bearing = [path for path in artefacts.find_labels(source) if path.stem == labeller]
+    path = bearing[0] if bearing else labels_of(source, labeller)[0]
+    try:
+        what = f"{len(load_labels(path)):,} labels of {labeller}"
+    except ConfigError:
+        what = f"the file of {labeller}, which holds no labels that can be read"
     if artefacts.home(source) not in path.parents:
         raise click.ClickException(
             f"the labels of {labeller} came with the SAE, in {path}; delete the file yourself."
         )
     if not yes:
-        click.confirm(f"Delete {len(labels):,} labels of {labeller} ({path})?", abort=True)
+        click.confirm(f"Delete {what} ({path})?", abort=True)
     path.unlink()
-    click.echo(f"Removed {len(labels):,} labels of {labeller}.")
+    click.echo(f"Removed {what}.")
 
 
 def _source(sae: str | None, model: str | None, layer: int | None) -> str | None:
@@ -215,7 +223,6 @@ def _import_neuronpedia(
     source: str | None, identifier: str | None, given: tuple[Path, ...]
 ) -> None:
     from neuroscope_vllm.cli.label_tables import fetch_with_progress
-    from neuroscope_vllm.core import artefacts
     from neuroscope_vllm.core.labels import neuronpedia
     from neuroscope_vllm.core.sae.canonical import shown_source
 
@@ -240,7 +247,7 @@ def _import_neuronpedia(
     read = neuronpedia.read_explanations(files, identifier, width)
     if not read.labels:
         raise click.ClickException("the files hold no explanation that can be a label.")
-    path = artefacts.labels_file(source, neuronpedia.LABELLER)
+    path = _place(source, neuronpedia.LABELLER)
     read.labels.save(path)
     click.echo(
         f"Imported {len(read.labels):,} labels of {width:,} features into {path}\n"
@@ -252,7 +259,6 @@ def _import_neuronpedia(
 
 
 def _import_file(source: str, file: Path, labeller: str | None) -> None:
-    from neuroscope_vllm.core import artefacts
     from neuroscope_vllm.core.labels import LabelSet, load_labels
     from neuroscope_vllm.core.labels.csv_file import read_csv
 
@@ -265,7 +271,7 @@ def _import_file(source: str, file: Path, labeller: str | None) -> None:
             f"{file} has a label of feature {last}, but the SAE has {width:,} features; give the "
             f"SAE that they were made for."
         )
-    path = artefacts.labels_file(source, labels.labeller)
+    path = _place(source, labels.labeller)
     earlier = load_labels(path) if path.is_file() else LabelSet(labels.labeller)
     LabelSet(labels.labeller, [*earlier, *labels]).save(path)
     click.echo(f"Imported {len(labels):,} labels of {labels.labeller} into {path}")
@@ -291,18 +297,25 @@ def _stored(source: str) -> dict[Path, LabelSet]:
 
 
 def _chosen(source: str, labeller: str | None) -> list[LabelSet]:
+    from neuroscope_vllm.core.labels import labels_of
+
     if labeller is not None:
-        return [_named(source, labeller)[1]]
+        return [labels_of(source, labeller)[1]]
     return list(_stored(source).values())
 
 
-def _named(source: str, labeller: str) -> tuple[Path, LabelSet]:
-    stored = _stored(source)
-    for path, labels in stored.items():
-        if labels.labeller == labeller:
-            return path, labels
-    known = ", ".join(labels.labeller for labels in stored.values()) or "none"
-    raise click.ClickException(f"no labels of {labeller!r} for {source}; its labellers: {known}.")
+def _place(source: str, labeller: str) -> Path:
+    """Where a labeller's labels go. Raises where another's name differs in case only."""
+    from neuroscope_vllm.core import artefacts
+
+    path = artefacts.labels_file(source, labeller)
+    for other in artefacts.find_labels(source):
+        if other.stem != labeller and other.stem.casefold() == labeller.casefold():
+            raise click.ClickException(
+                f"labeller {labeller} differs from {other.stem}, which has labels, in case only, "
+                f"and many file systems take them for one; use another name, or remove those first."
+            )
+    return path
 
 
 def _summaries(stored: dict[Path, LabelSet]) -> list[dict[str, Any]]:

@@ -25,6 +25,9 @@ lock file says which commit of each repository that was.
   neuroscope pull --locked                                    # exactly that, elsewhere
   neuroscope pull                                             # the same
 
+A pull that names something writes the lock file anew, with the newest commits. It is refused where
+that would drop a model, an SAE or a dataset from the file: name that too, or choose another --lock.
+
 Run again, a pull that was stopped goes on with the files that are missing. Files of your own that
 a pulled calibration or label file takes the place of are kept as *.old.
 """
@@ -37,7 +40,7 @@ a pulled calibration or label file takes the place of are kept as *.old.
 @click.option(
     "--from", "dataset", help="Dataset with calibrations and labels: ORG/REPO[@REVISION]."
 )
-@click.option("--revision", help="Branch, tag or commit of MODEL.")
+@click.option("--revision", help="Branch, tag or commit of MODEL; an SAE's is in its address.")
 @click.option(
     "--lock",
     "lock_file",
@@ -64,7 +67,7 @@ def command(
             f"nothing was named, and there is no {lock_file}; name a model and an SAE, such as "
             "google/gemma-2-2b-it --sae gemma-scope --layer 20. `neuroscope demo` needs no pull."
         )
-    from neuroscope_vllm.core.sharing.lock import load_lock
+    from neuroscope_vllm.core.sharing.lock import Lock, check_kept, load_lock
     from neuroscope_vllm.core.sharing.pull import check_request, fetch, resolve, sae_sources
     from neuroscope_vllm.core.sharing.repository import disk_errors
 
@@ -75,7 +78,10 @@ def command(
             check_request(lock, lock_file, model, revision, sources, dataset)
             pulled = fetch(lock, locked=True)
         else:
-            pulled = fetch(resolve(model, revision, sources, dataset), locked=False)
+            earlier = load_lock(lock_file) if lock_file.exists() else Lock()
+            resolved = resolve(model, revision, sources, dataset)
+            check_kept(earlier, resolved, lock_file)
+            pulled = fetch(resolved, locked=False)
             with disk_errors(lock_file):
                 pulled.lock.save(lock_file)
     _report(pulled, lock_file)
@@ -101,4 +107,8 @@ def _report(pulled: Pulled, lock_file: Path) -> None:
         words += ["--", "--revision", lock.model.commit]
     click.echo(f"Locked in {lock_file}.")
     if lock.saes:
-        click.echo(f"To serve exactly this:\n  {shlex.join(words)}")
+        what = "the model and SAEs" if lock.model else "the SAEs"
+        click.echo(
+            f"To serve {what} at these commits, with the calibrations and labels that are in place "
+            f"then:\n  {shlex.join(words)}"
+        )

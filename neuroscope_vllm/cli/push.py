@@ -8,9 +8,10 @@ from neuroscope_vllm.cli.failures import EPILOG, failures
 
 HELP = """Publish what is known about SAEs to the dataset ORG/REPO, in one commit.
 
-Writes the calibration and labels that `neuroscope calibrate` and `neuroscope label` made of each
-SAE, a manifest, and a card. What the dataset has about other SAEs, and by other labellers, stays.
-`neuroscope pull --from ORG/REPO` brings it back. The dataset is made if it does not exist.
+Writes the calibration and labels of each SAE, as `neuroscope calibrate` and `neuroscope labels
+import` leave them, a manifest, and a card. What the dataset has about other SAEs, and by other
+labellers, stays. `neuroscope pull --from ORG/REPO` brings it back. The dataset is made if it does
+not exist.
 
 Labels that were imported from Neuronpedia are never pushed: no licence is stated for them.
 """

@@ -127,7 +127,11 @@ def _print_table(described: dict[str, Any]) -> None:
 
 def _shown(value: Any) -> str:
     if isinstance(value, dict):
-        pairs = (f"{name.replace('_', ' ')} {_shown(v)}" for name, v in value.items() if v != "")
+        pairs = (
+            f"{name.replace('_', ' ')} {_shown(v)}"
+            for name, v in value.items()
+            if v not in ("", None)
+        )
         return ", ".join(pairs)
     if isinstance(value, float):
         return f"{value:,.4g}"

@@ -44,7 +44,7 @@ def home(source: str) -> Path:
             address = str(PurePosixPath(address).parent)
         return data_dir() / "saes" / address.replace("/", "--")
     folder = sae_folder(source).resolve()
-    digest = hashlib.sha256(str(folder).encode()).hexdigest()[:8]
+    digest = hashlib.sha256(os.fsencode(folder)).hexdigest()[:8]
     return data_dir() / "saes" / f"{folder.name}-{digest}"
 
 
@@ -60,10 +60,20 @@ def sae_folder(source: str) -> Path:
     return path.parent if path.is_file() else path
 
 
-def find_calibration(source: str) -> Path | None:
-    return next(
-        (path for folder in homes(source) if (path := folder / CALIBRATION).is_file()), None
-    )
+def calibration_name(sae_input: str = "raw") -> str:
+    return CALIBRATION if sae_input == "raw" else f"calibration-{sae_input}.safetensors"
+
+
+def find_calibration(source: str, sae_input: str = "raw") -> Path | None:
+    name = calibration_name(sae_input)
+    return next((path for folder in homes(source) if (path := folder / name).is_file()), None)
+
+
+def pinned(source: str, revision: str | None) -> str:
+    """A hub address at a commit; a local path as it is."""
+    if revision is None:
+        return source
+    return re.sub(r"^(hf://[^/]+/[^/@]+)(@[^/]+)?", rf"\1@{revision}", source)
 
 
 def find_labels(source: str) -> list[Path]:
@@ -103,10 +113,25 @@ def only_writer(path: Path) -> Iterator[None]:
             raise ConfigError(
                 f"another process is making {path}; wait for it, or write to another file."
             ) from None
-        try:
-            yield
-        finally:
-            guard.unlink(missing_ok=True)
+        yield  # the guard stays: deleting it would let two in
+
+
+def model_files(model: str) -> str:
+    """Sizes and times of a local model's files, which tell when it was replaced; nothing of a model
+    on the hub."""
+    files = sorted(path for path in Path(model).expanduser().glob("*") if path.is_file())
+    stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return hashlib.sha256(repr(stats).encode()).hexdigest()[:16] if stats else ""
+
+
+def keep_old(path: Path, content: bytes) -> Path | None:
+    """Keep a file that is about to be replaced under a name that nothing reads, which is returned;
+    None if there is none, or it already holds `content`."""
+    if not path.is_file() or (there := path.read_bytes()) == content:
+        return None
+    old = path.with_name(f"{path.name}.{hashlib.sha256(there).hexdigest()[:8]}.old")
+    write_whole(old, there)
+    return old
 
 
 def write_whole(path: Path, content: bytes) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -22,7 +23,8 @@ from neuroscope_vllm.core.artefacts import write_whole
 from neuroscope_vllm.core.errors import ConfigError
 from neuroscope_vllm.core.sae.sparse import Firings, Reconstruction
 
-VERSION = "2"
+VERSION = 2
+KEY = "neuroscope_calibration"
 
 # Activations, log-spaced: bin 0 holds (0, 2^-4), bins 1 to 64 a quarter of an octave each up to
 # 2^12, bin 65 the rest. Residual-stream SAEs fire between about 0.1 and a few hundred.
@@ -55,8 +57,8 @@ class Calibration:
         sinks: Attention sinks left out.
         reconstruction: How well the SAE rebuilt those tokens; None: not measured.
         sink_norm: Norm above which a residual was taken for a sink; infinity: none was.
-        sae, sae_input, model, corpus: What it was measured with; the same in all that merge, as is
-            sink_norm. `sae_input`: "raw", or "rms".
+        sae, sae_digest, sae_input, model, corpus: What it was measured with; the same in all that
+            merge, as is sink_norm. `sae_digest` is `SAE.digest`, `sae_input` "raw" or "rms".
         created: ISO date.
     """
 
@@ -71,6 +73,7 @@ class Calibration:
     sinks: int = 0
     sink_norm: float = float("inf")
     sae: str = ""
+    sae_digest: str = ""
     sae_input: str = "raw"
     model: str = ""
     corpus: str = ""
@@ -84,6 +87,7 @@ class Calibration:
         d_model: int | None = None,
         sink_norm: float = float("inf"),
         sae: str = "",
+        sae_digest: str = "",
         sae_input: str = "raw",
         model: str = "",
         corpus: str = "",
@@ -101,6 +105,7 @@ class Calibration:
             reconstruction=None if d_model is None else Reconstruction.empty(d_model),
             sink_norm=sink_norm,
             sae=sae,
+            sae_digest=sae_digest,
             sae_input=sae_input,
             model=model,
             corpus=corpus,
@@ -179,7 +184,7 @@ class Calibration:
         Raises:
             ConfigError: They were measured with another SAE, model, corpus or cut.
         """
-        for name in ("width", "sink_norm", "sae", "sae_input", "model", "corpus"):
+        for name in ("width", "sink_norm", "sae", "sae_digest", "sae_input", "model", "corpus"):
             mine, theirs = getattr(self, name), getattr(other, name)
             if mine != theirs:
                 raise ConfigError(
@@ -203,10 +208,11 @@ class Calibration:
 
     def to_bytes(self) -> bytes:
         """One safetensors file; counts, the cut and the provenance go to its metadata."""
-        header = {name: str(getattr(self, name)) for name in _HEADER}
+        header = {name: getattr(self, name) for name in _HEADER} | {"version": VERSION}
         if self.reconstruction is not None:
-            header["squared_error"] = repr(self.reconstruction.squared_error)
-        return save(self._tensors(), {**header, "neuroscope_calibration": VERSION})
+            header["squared_error"] = self.reconstruction.squared_error
+        # One entry: safetensors writes several in a different order each time.
+        return save(self._tensors(), {KEY: json.dumps(header, sort_keys=True)})
 
     def save(self, path: str | Path) -> None:
         """Write `to_bytes`; the file is replaced whole or not at all, also if the machine dies."""
@@ -229,7 +235,7 @@ class Calibration:
         except ConfigError as error:
             raise ConfigError(
                 f"calibration {path} can not be used: {error} Make it again with"
-                " `neuroscope calibrate`."
+                " `neuroscope calibrate`, or delete it."
             ) from error
 
     @classmethod
@@ -240,7 +246,7 @@ class Calibration:
             metadata = _metadata(data)
         except (SafetensorError, ValueError) as error:
             raise ConfigError(f"it is not a safetensors file ({error}).") from error
-        version = metadata.get("neuroscope_calibration")
+        version = metadata.get("version")
         if version != VERSION:
             raise ConfigError(f"it is of version {version or 'none'}, not {VERSION}.")
         width = len(tensors["firings"]) if "firings" in tensors else 0
@@ -250,18 +256,8 @@ class Calibration:
         for name, expected in like.items():
             _check_tensor(name, tensors.get(name), expected)
         try:
-            read = replace(
-                cls.empty(width),
-                tokens=int(metadata["tokens"]),
-                sinks=int(metadata["sinks"]),
-                sink_norm=float(metadata["sink_norm"]),
-                sae=metadata["sae"],
-                sae_input=metadata["sae_input"],
-                model=metadata["model"],
-                corpus=metadata["corpus"],
-                created=metadata["created"],
-                **{name: tensors[name] for name in _TENSORS},
-            )
+            known = {name: type(like)(metadata[name]) for name, like in _HEADER.items()}
+            read = replace(cls.empty(width), **known, **{name: tensors[name] for name in _TENSORS})
             if rebuilt:
                 read.reconstruction = Reconstruction(
                     num_rows=read.tokens,
@@ -270,7 +266,7 @@ class Calibration:
                     total=tensors["total_residual"],
                     total_square=tensors["total_square_residual"],
                 )
-        except (KeyError, ValueError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(f"its header is not a calibration's ({error}).") from error
         return read
 
@@ -283,13 +279,17 @@ class Calibration:
 
 
 _TENSORS = ("firings", "total", "total_square", "maximum", "histogram", "norm_histogram")
-_HEADER = ("tokens", "sinks", "sink_norm", "sae", "sae_input", "model", "corpus", "created")
+_HEADER: dict[str, int | float | str] = {"tokens": 0, "sinks": 0, "sink_norm": 0.0} | dict.fromkeys(
+    ("sae", "sae_digest", "sae_input", "model", "corpus", "created"), ""
+)
 
 
-def _metadata(data: bytes) -> dict[str, str]:
-    """The free-text part of a safetensors header, which its own `load` leaves out."""
+def _metadata(data: bytes) -> dict[str, Any]:
+    """Our part of a safetensors header, which its own `load` leaves out."""
     size = int.from_bytes(data[:8], "little")
-    return json.loads(data[8 : 8 + size]).get("__metadata__") or {}
+    texts = json.loads(data[8 : 8 + size]).get("__metadata__") or {}
+    found = json.loads(texts.get(KEY, "{}"))
+    return found if isinstance(found, dict) else {}
 
 
 def _check_tensor(name: str, tensor: Tensor | None, like: Tensor) -> None:

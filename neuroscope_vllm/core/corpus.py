@@ -64,6 +64,15 @@ def is_hub(source: str) -> bool:
     return not Path(source).expanduser().exists()
 
 
+def check(corpus: Corpus) -> None:
+    """What can be said of a corpus before it is read. Raises ConfigError."""
+    path = Path(corpus.source).expanduser()
+    if path.exists():
+        _local(path)
+    elif path.suffix.lower() in _BUILDERS or corpus.source.startswith(("/", ".", "~")):
+        raise ConfigError(f"corpus {corpus.source} does not exist; check the path.")
+
+
 def samples(corpus: Corpus, tokenizer: Any) -> Iterator[list[int]]:
     """Token sequences of `corpus`, each with the special tokens that the model's inputs have.
 
@@ -115,13 +124,26 @@ def _tokens(value: Any, column: str, tokenizer: Any) -> list[int]:
     if not isinstance(value, list):
         raise TypeError(f"it is a {type(value).__name__}")
     if value and isinstance(value[0], dict):
-        text = tokenizer.apply_chat_template(value, tokenize=False)
+        text = tokenizer.apply_chat_template([_message(one) for one in value], tokenize=False)
         return tokenizer.encode(text, add_special_tokens=False)
     size = len(tokenizer)
     wrong = next((i for i in value if not isinstance(i, int) or not 0 <= i < size), None)
     if wrong is not None:
         raise ValueError(f"{wrong!r} is none of the model's {size} token ids")
     return value
+
+
+def _message(message: dict[str, Any]) -> dict[str, Any]:
+    """With the text of OpenAI's content parts in place of the parts."""
+    content = message.get("content")
+    if isinstance(content, str):
+        return message
+    if not isinstance(content, list):
+        raise TypeError(f"a message of {message.get('role')!r} has no text")
+    kinds = {part.get("type") if isinstance(part, dict) else None for part in content}
+    if kinds - {"text"}:
+        raise TypeError(f"a message of {message.get('role')!r} has parts that are no text")
+    return {**message, "content": "".join(part["text"] for part in content)}
 
 
 def _rows(corpus: Corpus) -> Iterator[dict[str, Any]]:

@@ -77,6 +77,7 @@ class _Calibrating:
             d_model=sae.d_model,
             sink_norm=what.sink_norm.get(layer, float("inf")),
             sae=what.sae.get(layer, ""),
+            sae_digest=sae.digest,
             sae_input=what.sae_input,
             model=what.model,
             corpus=what.corpus,

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import msgspec
 
-from neuroscope_vllm.core.artefacts import write_whole
+from neuroscope_vllm.core.artefacts import pinned, write_whole
 from neuroscope_vllm.core.calibration import SINK_MULTIPLE, Calibration
 from neuroscope_vllm.core.corpus import Corpus, digest, samples
 from neuroscope_vllm.core.errors import ConfigError
@@ -68,25 +68,31 @@ def calibrate(
             run's or of another corpus.
         EngineError: The engine failed.
     """
-    done = _resumed(checkpoint, _describe(engine, corpus), restart)
-    total = {layer: Calibration.from_bytes(data) for layer, data in done.layers.items()}
+    done, total = _resumed(checkpoint, _describe(engine, corpus), restart)
     on_progress(done)
     seen = ""
-    for number, chunk in enumerate(_chunks(corpus, engine)):
+    chunks = _chunks(corpus, engine)
+    for chunk in islice(chunks, done.chunks):
         seen = digest(chunk, seen)
-        if number < done.chunks:
-            if number == done.chunks - 1 and seen != done.corpus:
-                raise ConfigError(
-                    f"{checkpoint} was begun on other text than {corpus.source} now holds; begin"
-                    " anew with --restart."
-                )
-            continue
+    if seen != done.corpus:
+        raise ConfigError(
+            f"{checkpoint} was begun on other text than {corpus.source} now holds; begin anew with"
+            " --restart."
+        )
+    for chunk in chunks:
+        seen = digest(chunk, seen)
         if not done.sink_norm:
             done.sink_norm = _sink_norms(engine, corpus, chunk)
         results = engine.run(_pass(engine, corpus, done), chunk)
         for layer, result in results.items():
             part = CalibrationPass.read(result)
-            total[layer] = total[layer].merge(part) if layer in total else part
+            before = total.get(layer)
+            if before is not None and before.sae_digest != part.sae_digest:
+                raise ConfigError(
+                    f"{checkpoint} was begun with other weights than SAE {part.sae} has now; begin"
+                    " anew with --restart."
+                )
+            total[layer] = before.merge(part) if before else part
         done.chunks += 1
         done.sequences += len(chunk)
         done.tokens += sum(map(len, chunk))
@@ -121,7 +127,7 @@ def _pass(engine: Engine, corpus: Corpus, done: Checkpoint | None) -> Calibratio
     return CalibrationPass(
         special_ids=sorted(engine.tokenizer.all_special_ids),
         sink_norm=done.sink_norm if done else {},
-        sae={layer: _identity(engine, layer) for layer in engine.sites},
+        sae=_saes(engine),
         sae_input=engine.sae_input,
         model=engine.model,
         corpus=corpus.describe(),
@@ -129,24 +135,23 @@ def _pass(engine: Engine, corpus: Corpus, done: Checkpoint | None) -> Calibratio
     )
 
 
-def _identity(engine: Engine, layer: int) -> str:
-    info = engine.sites[layer]
-    revision = f"@{info.revision}" if info.revision else ""
-    return f"{info.source}{revision}" if "@" not in info.source else info.source
+def _saes(engine: Engine) -> dict[int, str]:
+    return {layer: pinned(info.source, info.revision) for layer, info in engine.sites.items()}
 
 
 def _describe(engine: Engine, corpus: Corpus) -> str:
-    saes = {layer: _identity(engine, layer) for layer in engine.sites}
-    return f"{engine.model}, {engine.sae_input}, {saes}, {corpus}"
+    return f"{engine.model}, {engine.identity}, {engine.sae_input}, {_saes(engine)}, {corpus}"
 
 
-def _resumed(path: Path, run: str, restart: bool) -> Checkpoint:
+def _resumed(path: Path, run: str, restart: bool) -> tuple[Checkpoint, dict[int, Calibration]]:
+    """What is done, and the calibrations in it."""
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
     if restart or not path.exists():
-        return Checkpoint(run=run, created=today)
+        return Checkpoint(run=run, created=today), {}
     try:
         found = msgspec.msgpack.decode(path.read_bytes(), type=Checkpoint)
-    except (msgspec.DecodeError, OSError) as error:
+        layers = {layer: Calibration.from_bytes(data) for layer, data in found.layers.items()}
+    except (msgspec.DecodeError, ConfigError, OSError) as error:
         raise ConfigError(
             f"checkpoint {path} can not be read ({error}); begin anew with --restart."
         ) from error
@@ -155,4 +160,4 @@ def _resumed(path: Path, run: str, restart: bool) -> Checkpoint:
             f"checkpoint {path} is of another run ({found.run}); finish that one, or begin this"
             " one anew with --restart."
         )
-    return found
+    return found, layers

@@ -14,6 +14,7 @@ class Engine(Protocol):
 
     Attributes:
         model: Name or folder of the model.
+        identity: What else decides the numbers: engine, version, model files, dtype, flags.
         sites: The SAE that reads each observed layer.
         sae_input: What the SAEs read, `raw` or `rms`.
         max_tokens: Longest sequence it runs.
@@ -22,6 +23,7 @@ class Engine(Protocol):
     """
 
     model: str
+    identity: str
     sites: dict[int, SAEInfo]
     sae_input: str
     max_tokens: int

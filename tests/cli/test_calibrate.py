@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import time
@@ -23,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from neuroscope_vllm.cli.demo import demo_model, demo_sae
 from neuroscope_vllm.cli.main import main
-from neuroscope_vllm.core.artefacts import home, only_writer
+from neuroscope_vllm.core.artefacts import DATA_VARIABLE, home, only_writer
 from neuroscope_vllm.core.calibration import Calibration, edges
 from neuroscope_vllm.engine.calibrate import CHUNK, Checkpoint
 from tests.core.test_calibration import assert_equal
@@ -32,7 +33,7 @@ from tests.support.hf_hub import HubServer
 from tests.support.served import bin_path, environment
 
 EAGER = ("--", "--dtype", "float32", "--enforce-eager", "--max-num-batched-tokens", "200")
-SAMPLES = 5 * CHUNK
+SAMPLES = 7 * CHUNK
 MAX_TOKENS = 24
 
 
@@ -76,12 +77,20 @@ def saes(tiny_sae: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, 
 
 
 @pytest.fixture(scope="module")
-def calibrated(tiny_gemma2: Path, saes: dict[int, Path], corpus: Path) -> list[dict[str, Any]]:
+def calibrated(
+    tiny_gemma2: Path, saes: dict[int, Path], corpus: Path, data: dict[str, str]
+) -> list[dict[str, Any]]:
     """Two layers at once, by vLLM, where prompts come in chunks."""
     return calibrate(
         tiny_gemma2, "--sae", saes[20], "--sae", saes[5], "--corpus", corpus, "--samples", SAMPLES,
-        "--max-tokens", MAX_TOKENS, "--json", *EAGER,
+        "--max-tokens", MAX_TOKENS, "--json", *EAGER, env=data,
     )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Other tests' servers must not find what is made here."""
+    return {DATA_VARIABLE: str(tmp_path_factory.mktemp("data"))}
 
 
 def samples_of(path: Path, tokenizer: Any, max_tokens: int, samples: int) -> list[list[int]]:
@@ -148,9 +157,10 @@ def test_vllm_measures_what_transformers_and_saelens_compute(
     tiny_gemma2: Path,
     saes: dict[int, Path],
     corpus: Path,
+    data: dict[str, str],
 ) -> None:
     found = next(one for one in calibrated if one["layer"] == layer)
-    assert Path(found["path"]) == home(str(saes[layer])) / "calibration.safetensors"
+    assert Path(found["path"]).is_relative_to(data[DATA_VARIABLE])
     calibration = Calibration.load(found["path"])
     tokenizer = AutoTokenizer.from_pretrained(tiny_gemma2)
     sequences = samples_of(corpus, tokenizer, MAX_TOKENS, SAMPLES)
@@ -195,7 +205,7 @@ def test_killed_three_times_it_ends_with_the_same_bits(
     )  # fmt: skip
     checkpoint = tmp_path / "killed.safetensors.checkpoint"
     draw = random.Random(os.environ.get("PYTEST_SEED", 0))
-    chunks = [kill(words, checkpoint, draw.uniform(0, 1.0)) for _ in range(3)]
+    chunks = [kill(words, checkpoint, draw.uniform(0, 0.15)) for _ in range(3)]
     assert chunks == sorted(chunks)
     assert 0 < chunks[-1] < SAMPLES / CHUNK
     calibrate(*words[1:])
@@ -264,24 +274,57 @@ def quick(tiny_gemma2: Path, tiny_sae: Path) -> tuple[object, ...]:
 def test_a_checkpoint_of_another_run_is_not_taken_for_this_ones(
     quick: tuple[object, ...], corpus: Path, tmp_path: Path
 ) -> None:
+    """Nor what was done with other weights, other text, or another engine."""
+    sae, text = tmp_path / "sae", tmp_path / "texts.jsonl"
+    shutil.copytree(str(quick[2]), sae)
+    lines = corpus.read_text().splitlines()
+    text.write_text("\n".join(lines))
     output = tmp_path / "c"
     checkpoint = Path(f"{output}.checkpoint")
-    words = (*quick, "--output", output, "--max-tokens", MAX_TOKENS, "--corpus")
-    process_done = kill(("calibrate", *words, corpus), checkpoint, 0)
-    assert process_done >= 1
-    assert "is of another run" in refused(*words, corpus, "--samples", 10)
-    changed = tmp_path / "texts.jsonl"
+    options = ("--output", output, "--max-tokens", MAX_TOKENS, "--corpus", text)
+    words = (quick[0], "--sae", sae, *quick[3:], *options)
+    assert kill(("calibrate", *words), checkpoint, 0) >= 1
     kept = checkpoint.read_bytes()
-    lines = corpus.read_text().splitlines()
-    changed.write_text("\n".join(lines[5:]))
+    assert "is of another run" in refused(*words, "--samples", 10)
     decoded = msgspec.msgpack.decode(kept, type=Checkpoint)
-    decoded.run = decoded.run.replace(str(corpus), str(changed))
+    decoded.run = decoded.run.replace("transformers", "vllm")
     checkpoint.write_bytes(msgspec.msgpack.encode(decoded))
-    assert "was begun on other text" in refused(*words, changed)
-    checkpoint.write_bytes(kept[:100])
-    assert "can not be read" in refused(*words, corpus)
-    assert run_here(*words, corpus, "--restart", "--samples", 10).exit_code == 0
+    assert "is of another run" in refused(*words)
+    for other in (lines[5:], lines[:9]):
+        checkpoint.write_bytes(kept)
+        text.write_text("\n".join(other))
+        assert "was begun on other text" in refused(*words)
+    text.write_text("\n".join(lines))
+    for damaged in (kept[:100], kept.replace(b'"F32"', b'"F99"')):
+        checkpoint.write_bytes(damaged)
+        assert "can not be read" in refused(*words)
+    checkpoint.write_bytes(kept)
+    shutil.rmtree(sae)
+    models.write_saelens_sae(sae, d_model=64, width=512, layer=20, seed=9)
+    assert "was begun with other weights" in refused(*words)
+    assert run_here(*words, "--restart", "--samples", 10).exit_code == 0
     assert Calibration.load(output).tokens > 0
+
+
+def test_what_was_there_is_kept_and_each_input_has_its_own(
+    quick: tuple[object, ...], corpus: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv(DATA_VARIABLE, str(tmp_path))
+    words = (*quick, "--corpus", corpus, "--samples")
+    first, again, second = (run_here(*words, samples) for samples in (3, 3, 4))
+    assert "tokens are few" in first.output
+    assert "kept what was there" not in first.output + again.output
+    assert "kept what was there" in second.output
+    assert run_here(*words, 3, "--sae-input", "rms").exit_code == 0
+    folder = home(str(quick[2]))
+    names = sorted(path.name for path in folder.iterdir() if path.suffix != ".lock")
+    old = next(name for name in names if name.endswith(".old"))
+    assert names == ["calibration-rms.safetensors", "calibration.safetensors", old]
+    assert Calibration.load(folder / "calibration-rms.safetensors").sae_input == "rms"
+    assert (
+        Calibration.load(folder / "calibration.safetensors").tokens
+        > Calibration.load(folder / old).tokens
+    )
 
 
 def test_what_does_not_fit_is_said(
@@ -307,8 +350,8 @@ def test_what_does_not_fit_is_said(
         busy = refused(*quick, *read, "--output", tmp_path / "c")
     assert "another process is making" in busy
     (tmp_path / "folder").mkdir()
-    there = refused(*quick, *read, "--samples", 2, "--output", tmp_path / "folder")
-    assert "can not be written (Is a directory); what is done is kept" in there
+    assert "is a folder" in refused(*quick, *read, "--output", tmp_path / "folder")
+    assert "nope.txt does not exist" in refused(*quick, "--corpus", "nope.txt")
 
 
 WIKITEXT_CARD = """---

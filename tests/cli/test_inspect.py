@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import socket
 from pathlib import Path
@@ -205,6 +206,26 @@ def test_files_stdin_and_texts(here: tuple[str, ...], tmp_path: Path) -> None:
         ("an argument", None),
         ("from a file\n", str(file)),
     ]
+
+
+def test_a_files_name_need_not_be_text(here: tuple[str, ...], tmp_path: Path) -> None:
+    file = tmp_path / os.fsdecode(b"f\xff.txt")
+    file.write_text("hi")
+    shown = str(tmp_path / "f\ufffd.txt")
+    (one,) = records("--file", str(file), *here)
+    assert one["file"] == shown
+    page = tmp_path / "page.html"
+    code, _, err = inspect("--file", str(file), *here, "--html", str(page))
+    assert code == 0, err
+    assert shown in page.read_text(encoding="utf-8")
+    assert inspect("--file", str(file), *here)[0] == 0
+
+
+def test_the_table_of_one_short_token(here: tuple[str, ...]) -> None:
+    code, out, _ = inspect("a", *here, COLUMNS="80")
+    assert code == 0
+    assert re.search(r"│ token +┃|┃ token +┃", out)
+    assert "best features by zscore, with activations" in out
 
 
 def test_the_table_fits_80_columns(here: tuple[str, ...]) -> None:

@@ -238,6 +238,35 @@ def test_remove_asks_first_and_leaves_what_ships(tmp_path: Path) -> None:
     assert (demo_sae() / "labels" / "tokens.jsonl").is_file()
 
 
+def test_a_damaged_file_takes_no_other_with_it_and_can_be_removed(tmp_path: Path) -> None:
+    run("import", mine(tmp_path, "index,text\n1,a\n"), "--labeller", "z")
+    file = labels_file(str(demo_sae()), "z")
+    file.write_text('{"index":1}\n')
+    listed = json.loads(run("list", "--json")[1])
+    assert [one["labeller"] for one in listed["labellers"]] == ["tokens"]
+    for words in (("search", "san", "--labeller", "tokens"), ("export", "tokens")):
+        assert run(*words)[0] == 0
+    again = ("import", mine(tmp_path, "index,text\n1,a\n"), "--labeller", "z")
+    for words in (("search", "san", "--labeller", "z"), ("export", "z"), again):
+        code, _, err = run(*words)
+        assert (code, "z.jsonl is not a label" in err) == (1, True)
+    code, out, _ = run("remove", "z", answer="y\n")
+    assert code == 0
+    assert "holds no labels that can be read" in out
+    assert not file.exists()
+    assert run(*again)[0] == 0
+
+
+def test_names_that_differ_in_case_only_are_refused(tmp_path: Path) -> None:
+    file = mine(tmp_path, "index,text\n1,a\n")
+    assert run("import", file, "--labeller", "Me")[0] == 0
+    for labeller, other in (("me", "Me"), ("TOKENS", "tokens")):
+        code, _, err = run("import", file, "--labeller", labeller)
+        assert code == 1
+        assert f"labeller {labeller} differs from {other}, which has labels, in case only" in err
+    assert run("import", file, "--labeller", "Me")[0] == 0
+
+
 @pytest.mark.parametrize(
     ("words", "code", "says"),
     [
@@ -245,6 +274,7 @@ def test_remove_asks_first_and_leaves_what_ships(tmp_path: Path) -> None:
         (("list", "--sae", "gemma-scope"), 2, "needs --model and --layer"),
         (("list", "--layer", "3"), 2, "are for --sae gemma-scope"),
         (("list", "--sae", "gemma-scope", "--model", "gpt2", "--layer", "3"), 1, "no SAE of gpt2"),
+        (("search", "\udcff", "--json"), 0, "demo's SAE"),
         (("export", "nobody"), 1, "no labels of 'nobody'"),
         (("export", "tokens", "-o", "/no/such/x"), 1, "/no/such/x can not be used: No such file"),
         (("remove", "nobody", "--yes"), 1, "its labellers: tokens"),

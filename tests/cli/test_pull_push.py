@@ -186,6 +186,7 @@ def test_what_is_pushed_is_pulled_and_stays_as_locked(
     assert lock["artefacts"]["commit"] == first
     pinned = f"hf://{SUITE}@{sae}/{FOLDER}"
     serve = shlex.split(out.splitlines()[-1])
+    assert "with the calibrations and labels that are in place then" in out.splitlines()[-2]
     assert serve == ["neuroscope", "serve", MODEL, "--sae", pinned, "--", "--revision", model]
     assert not set(NOT_LOADED) & set(hub.downloads())
 
@@ -210,7 +211,11 @@ def test_what_is_pushed_is_pulled_and_stays_as_locked(
     _, err = carol.run("pull", "--locked", code=12)
     assert "labels/alice.parquet of org/features is not what the lock file says" in err
     # Without the lock, what is new; my own calibration is kept beside it.
-    _, err = carol.run("pull", "--from", DATASET, "--sae", SAE)
+    before = carol.lock.read_text()
+    _, err = carol.run("pull", "--from", DATASET, "--sae", SAE, code=12)
+    assert f"has model {MODEL}, which this pull would drop from it; name that too" in err
+    assert carol.lock.read_text() == before
+    carol.run("pull", MODEL, "--from", DATASET, "--sae", SAE)
     assert (carol.data / "calibration.safetensors").read_bytes() == calibration(tokens=200)
     (old,) = carol.data.glob("*.old")
     assert old.read_bytes() == calibration()
@@ -237,8 +242,11 @@ WRONG = [
     (("pull", MODEL, "--from", SUITE), 5, f"dataset {SUITE} does not exist"),
     (("pull", "org/empty"), 7, "has no config.json, so it is not a model"),
     (("pull", "org/pickled"), 7, "no weights in safetensors, and pickles are not pulled"),
+    (("pull", "--sae", f"hf://{SUITE}/layer_99"), 7, "has no folder layer_99; give the folder"),
     (("pull", "org/escapes"), 3, "leads out of it"),
     (("push", DATASET, "--sae", SAE), 9, "needs an account on the hub; run `hf auth login`"),
+    (("pull", "--lock", "bad.lock"), 12, "restore it, or delete it and name what is to be pulled"),
+    (("pull", MODEL, "--lock", "bad.lock"), 12, "lock file bad.lock is damaged"),
     (("pull",), 2, "there is no neuroscope.lock; name a model and an SAE"),
     (("pull", MODEL, "--sae", "/a/local/one"), 1, "is not on the hub, so there is nothing to pull"),
 ]
@@ -252,6 +260,7 @@ def test_what_goes_wrong_is_a_sentence_and_a_code(
     hub.add_repo("org/pickled", {"config.json": b"{}", "pytorch_model.bin": b""})
     hub.add_repo("org/escapes", MODEL_FILES | {"../../evil.json": b"x"})
     mine = machine("mine")
+    (mine.home / "bad.lock").write_text("{")
     running = [mine.start(*words) for words, _, _ in WRONG]  # together: half the time
     for process, (words, code, says) in zip(running, WRONG, strict=True):
         _, err = process.communicate(timeout=120)

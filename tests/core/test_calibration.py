@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from neuroscope_vllm.core.calibration import (
+    KEY,
     NUM_BINS,
     SINK_MULTIPLE,
     Calibration,
@@ -24,6 +25,7 @@ from neuroscope_vllm.core.errors import ConfigError
 from neuroscope_vllm.core.sae.sparse import Reconstruction, firings_of
 
 WIDTH = 6
+HEADER = ("tokens", "sinks", "sink_norm", "sae", "sae_digest", "sae_input", "model", "corpus")
 TENSORS = ("firings", "total", "total_square", "maximum", "histogram", "norm_histogram")
 
 
@@ -100,7 +102,7 @@ def test_merging_leaves_both_as_they_were() -> None:
     torch.testing.assert_close(first.firings, measured(activations(5)).firings)
 
 
-@pytest.mark.parametrize("name", ["sae", "sae_input", "model", "corpus"])
+@pytest.mark.parametrize("name", ["sae", "sae_digest", "sae_input", "model", "corpus"])
 def test_measurements_of_different_things_do_not_merge(name: str) -> None:
     with pytest.raises(ConfigError, match=f"calibrations of {name} 'a' and {name} 'b' cannot be"):
         Calibration.empty(4, **{name: "a"}).merge(Calibration.empty(4, **{name: "b"}))
@@ -140,6 +142,7 @@ def full(tokens: int = 30) -> Calibration:
     """With every field filled."""
     calibration = measured(activations(tokens))
     calibration.sae, calibration.sae_input, calibration.model = "s", "rms", "m"
+    calibration.sae_digest = "d"
     calibration.corpus, calibration.created = "wikitext", "2026-01-02"
     calibration.sinks, calibration.sink_norm = 3, 1432.4321
     calibration.reconstruction = Reconstruction.empty(4)
@@ -152,7 +155,7 @@ def assert_equal(first: Calibration, second: Calibration) -> None:
     """To the bit."""
     for name in TENSORS:
         torch.testing.assert_close(getattr(first, name), getattr(second, name), rtol=0, atol=0)
-    for name in ("tokens", "sinks", "sink_norm", "sae", "sae_input", "model", "corpus", "created"):
+    for name in (*HEADER, "created"):
         assert getattr(first, name) == getattr(second, name), name
     assert (first.reconstruction is None) == (second.reconstruction is None)
     if first.reconstruction is not None and second.reconstruction is not None:
@@ -168,6 +171,10 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
     measured(activations(5)).save(path)
     assert_equal(Calibration.load(path), measured(activations(5)))
     assert [file.name for file in path.parent.iterdir()] == ["c.safetensors"]
+
+
+def test_the_same_statistics_are_the_same_bytes() -> None:
+    assert len({full().to_bytes() for _ in range(20)}) == 1
 
 
 def test_the_reconstruction_merges_where_both_have_one() -> None:
@@ -219,6 +226,6 @@ def test_other_files_are_not_calibrations(tmp_path: Path) -> None:
     save_file({"x": torch.zeros(1)}, path)
     with pytest.raises(ConfigError, match="it is of version none, not 2"):
         Calibration.load(path)
-    save_file({"x": torch.zeros(1)}, path, {"neuroscope_calibration": "7"})
+    save_file({"x": torch.zeros(1)}, path, {KEY: '{"version": 7}'})
     with pytest.raises(ConfigError, match="it is of version 7, not 2"):
         Calibration.load(path)

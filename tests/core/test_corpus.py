@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
@@ -75,10 +75,16 @@ def test_chats_go_through_the_models_template(tokenizer: Any, tmp_path: Path) ->
     text = tokenizer.apply_chat_template(chat, tokenize=False)
     whole = tokenizer.encode(text, add_special_tokens=False)
     assert sample == whole if whole[0] == tokenizer.bos_token_id else sample[1:] == whole
+    halves = [{"type": "text", "text": LONG[:50]}, {"type": "text", "text": LONG[50:]}]
+    answer = {"role": "assistant", "content": [{"type": "text", "text": "Yes."}]}
+    openai = {"messages": [{"role": "user", "content": halves}, answer]}
+    as_sent = write_jsonl(tmp_path / "o.jsonl", openai)
+    assert cut(tokenizer, as_sent, max_tokens=4096) == [sample]
     other = cut(tokenizer, path, column="text", max_tokens=4096)
     assert "not this one" in tokenizer.decode(other[0])
 
 
+@settings(max_examples=20)
 @given(st.lists(st.lists(st.integers(5, 200), max_size=60), min_size=1, max_size=5))
 def test_every_token_is_in_one_sample_or_in_a_short_end(
     tokenizer: Any, tmp_path_factory: pytest.TempPathFactory, rows: list[list[int]]
@@ -129,5 +135,10 @@ def test_what_can_not_be_read_is_refused(tokenizer: Any, tmp_path: Path) -> None
     refused(tokenizer, numbers, "row 1 of corpus .* has no text that can be read")
     far = write_jsonl(tmp_path / "far.jsonl", {"token_ids": [1, 10**6]})
     refused(tokenizer, far, "1000000 is none of the model's .* token ids")
+    image = [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]
+    pictures = write_jsonl(tmp_path / "pictures.jsonl", {"messages": image})
+    refused(tokenizer, pictures, "row 1 .* message of 'user' has parts that are no text")
+    silent = write_jsonl(tmp_path / "silent.jsonl", {"messages": [{"role": "user"}]})
+    refused(tokenizer, silent, "row 1 .* message of 'user' has no text")
     nulls = write_jsonl(tmp_path / "nulls.jsonl", {"text": None}, {"text": LONG})
     assert cut(tokenizer, nulls)

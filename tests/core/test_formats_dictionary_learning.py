@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -186,6 +187,13 @@ def test_a_pickle_of_more_than_tensors_is_never_run(tmp_path: Path, save: Any) -
     [
         ({"dict_class": "IdentityDict"}, "dict_class 'IdentityDict' in its config.json; choose"),
         ({"dict_class": ["x"]}, r"dict_class=\['x'\] in its configuration, which must be text"),
+        ({"k": 5.0}, "k=5.0 in its configuration, which must be a whole number"),
+        ({"layer": "12"}, "layer='12' in its configuration, which must be a whole number"),
+        ({"layer": True}, "layer=True in its configuration, which must be a whole number"),
+        ({"lm_name": 3}, "lm_name=3 in its configuration, which must be text"),
+        ({"submodule_name": {}}, "submodule_name={} in its configuration, which must be text"),
+        ({"activation_dim": 999}, "activation_dim=999 in its configuration but tensors of 16"),
+        ({"dict_size": 999}, "dict_size=999 in its configuration but tensors of 64; give"),
         ({"k": 6}, "k=5 in ae.pt but k=6 in config.json; give files that belong together"),
     ],
 )
@@ -209,6 +217,12 @@ def test_a_configuration_of_something_else_is_refused(
         ({"encoder.weight": torch.zeros(3)}, r"W_enc of shape \[3\]"),
         ({"k": torch.zeros(3)}, r"k=\[0.0, 0.0, 0.0\] in ae.pt"),
         ({"k": "five"}, "not a state_dict of tensors"),
+        ({"b_dec": torch.zeros(())}, r"b_dec of shape \[\]"),
+        ({"b_dec": torch.zeros(D_MODEL, dtype=torch.complex64)}, "stores b_dec as complex64"),
+        ({"b_dec": torch.zeros(D_MODEL).to(torch.float8_e4m3fn)}, "stores b_dec as float8_e4m3fn"),
+        ({"b_dec": torch.zeros(D_MODEL, device="meta")}, "has b_dec in its ae.pt as no plain"),
+        ({"b_dec": torch.zeros(1).expand(D_MODEL)}, "has b_dec in its ae.pt as no plain tensor"),
+        ({"W_skip": torch.zeros(1).expand(2**40, 64)}, "has W_skip in its ae.pt as no plain"),
     ],
 )
 def test_tensors_that_are_not_this_class_are_refused(
@@ -218,6 +232,57 @@ def test_tensors_that_are_not_this_class_are_refused(
     edit_state(tmp_path, **changes)
     with pytest.raises(SAEError, match=says):
         load_sae(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        Tensor.to_sparse,
+        lambda t: t.expand(2, -1).to_sparse_csr(),
+        lambda t: torch.quantize_per_tensor(t, 1.0, 0, torch.qint8),
+        lambda t: torch.nested.nested_tensor([t, t[:3]]),
+        lambda t: torch.nested.nested_tensor([t, t[:3]], layout=torch.jagged),
+    ],
+    ids=["sparse", "csr", "quantized", "nested", "jagged"],
+)
+@pytest.mark.filterwarnings("ignore")  # torch's, of kinds that are in beta
+def test_tensors_that_are_not_dense_are_refused(
+    tmp_path: Path, make: Callable[[Tensor], Tensor]
+) -> None:
+    write(tmp_path)
+    edit_state(tmp_path, b_dec=make(torch.ones(D_MODEL)))
+    for read in (load_sae, read_sae_info):
+        with pytest.raises(
+            SAEError,
+            match=r"has (b_dec|a tensor) in its ae\.pt as no plain tensor",
+        ):
+            read(tmp_path)
+
+
+@pytest.mark.parametrize("read", [load_sae, read_sae_info])
+def test_a_key_that_is_no_name_is_refused(tmp_path: Path, read: Any) -> None:
+    state: dict[Any, Tensor] = {**write(tmp_path), 3: torch.zeros(2)}
+    torch.save(state, tmp_path / "ae.pt")
+    with pytest.raises(SAEError, match="not a state_dict of tensors"):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["AutoEncoder", "GatedAutoEncoder"])
+def test_parameters_and_tied_weights_are_read_as_they_are(tmp_path: Path, name: str) -> None:
+    """Folding works in place: not on a leaf of autograd, and not on one memory twice."""
+    state = write(tmp_path, name)
+    state["decoder.weight"] = state["encoder.weight"].clone().t()
+    torch.save({name: t.clone() for name, t in state.items()}, tmp_path / "ae.pt")
+    want = load_sae(tmp_path)
+    weight = torch.nn.Parameter(state["encoder.weight"])
+    torch.save(
+        state | {"encoder.weight": weight, "decoder.weight": weight.t().detach()},
+        tmp_path / "ae.pt",
+    )
+    ours = load_sae(tmp_path)
+    assert torch.equal(ours.encode(rows()), want.encode(rows()))
+    assert torch.equal(ours.W_dec, want.W_dec)
+    assert not ours.W_enc.requires_grad
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 and no more", b"\x80\x02."])

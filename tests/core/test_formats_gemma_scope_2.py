@@ -99,6 +99,9 @@ def test_what_is_not_a_plain_jumprelu_is_refused(tmp_path: Path) -> None:
         read_sae_info(write(tmp_path / "crosscoder/layer_9_width_16k_l0_small"))
     with pytest.raises(SAEError, match="architecture='relu', which is not served"):
         read_sae_info(write(tmp_path / "relu", architecture="relu"))
+    for name in ("architecture", "model_name", "hf_hook_point_in", "hf_hook_point_out"):
+        with pytest.raises(SAEError, match=rf"{name}=\['x'\]"):
+            read_sae_info(write(tmp_path / name, **{name: ["x"]}))
     skip = write(tmp_path / "skip")
     edit_tensors(skip / "params.safetensors", affine_skip_connection=torch.zeros(2))
     with pytest.raises(SAEError, match="holds affine_skip_connection besides"):

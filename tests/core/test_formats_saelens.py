@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +139,117 @@ def test_a_normalisation_that_is_not_in_the_files_is_refused(
     edit_json(tmp_path / "cfg.json", normalize_activations=normalize)
     with pytest.raises(SAEError, match=says):
         read_sae_info(tmp_path)
+
+
+@pytest.mark.parametrize("architecture", KINDS)
+def test_a_checkpoint_of_its_trainer_has_its_scale_beside_it(
+    tmp_path: Path, architecture: str
+) -> None:
+    """SAELens folds the scale in when training ends; until then it saves it in another file."""
+    from sae_lens.training.activation_scaler import ActivationScaler
+
+    theirs = reference(architecture, normalize_activations="expected_average_only_in")
+    theirs.save_model(tmp_path)
+    scaler = ActivationScaler(scaling_factor=0.25)
+    scaler.save(str(tmp_path / "activation_scaler.json"))
+    ours, x = load_sae(tmp_path), rows()
+    assert ours.info == read_sae_info(tmp_path)
+    with torch.no_grad():
+        assert_same(ours.encode(x), theirs.encode(scaler(x)))
+        assert_same(ours.decode(ours.encode(x)), scaler.unscale(theirs(scaler(x))))
+
+
+@pytest.mark.parametrize(
+    ("scale", "says"),
+    [
+        (0, "scaling_factor=0 in its activation_scaler.json, which is no positive number"),
+        (-1.5, "scaling_factor=-1.5 in its"),
+        (float("nan"), "scaling_factor=nan in its"),
+        (None, "scaling_factor=None in its"),
+        ("0.25", "scaling_factor='0.25' in its configuration, which must be a number"),
+        (True, "scaling_factor=True in its configuration, which must be a number"),
+    ],
+)
+def test_a_scale_that_is_none_is_refused(tmp_path: Path, scale: object, says: str) -> None:
+    reference("standard", normalize_activations="expected_average_only_in").save_model(tmp_path)
+    (tmp_path / "activation_scaler.json").write_text(json.dumps({"scaling_factor": scale}))
+    for read in (read_sae_info, load_sae):
+        with pytest.raises(SAEError, match=says):
+            read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"apply_b_dec_to_input": "false"}, "apply_b_dec_to_input='false' .* be true or false"),
+        ({"apply_b_dec_to_input": None}, "apply_b_dec_to_input=None .* must be true or false"),
+        ({"rescale_acts_by_decoder_norm": 1}, "rescale_acts_by_decoder_norm=1 .* true or false"),
+        ({"normalize_activations": {}}, "normalize_activations={}, which is not served"),
+        ({"normalize_activations": ""}, "normalize_activations='', which is not served"),
+        ({"normalize_activations": 0}, "normalize_activations=0, which is not served"),
+        ({"reshape_activations": []}, r"reshape_activations=\[\], which is not served"),
+        ({"activation_fn": []}, r"activation_fn=\[\] in its configuration, which must be text"),
+        ({"activation_fn_str": 0}, "activation_fn_str=0 in its configuration, which must be text"),
+        ({"activation_fn_kwargs": [], "k": ...}, r"activation_fn_kwargs=\[\] .* be an object"),
+        ({"architecture": ["topk"]}, r"architecture \['topk'\]; choose one of"),
+        ({"metadata": []}, r"metadata=\[\] in its configuration, which must be an object"),
+        ({"metadata": {"hook_name": 3}}, "hook_name=3 in its configuration, which must be text"),
+        ({"metadata": {}, "hook_layer": "3"}, "hook_layer='3' .* must be a whole number"),
+        ({"metadata": {}, "hook_point_layer": True}, "hook_point_layer=True .* whole number"),
+        ({"d_in": 999}, "d_in=999 in its configuration but tensors of 16; give files that belong"),
+        ({"d_sae": 999}, "d_sae=999 in its configuration but tensors of 64; give files"),
+        ({"d_in": "16"}, "d_in='16' in its configuration, which must be a whole number"),
+    ],
+)
+def test_a_setting_of_another_type_or_size_is_refused(
+    tmp_path: Path, changes: dict[str, object], says: str
+) -> None:
+    reference("topk").save_model(tmp_path)
+    edit_json(tmp_path / "cfg.json", **changes)
+    with pytest.raises(SAEError, match=says):
+        read_sae_info(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "tensors", "name"),
+    [
+        ("gated", {"r_mag": torch.full((WIDTH,), 100.0)}, "W_enc"),
+        ("gated", {"r_mag": torch.full((WIDTH,), 1000.0)}, "W_enc"),
+        ("standard", {"b_dec": torch.full((D_MODEL,), 3e38)}, "b_enc"),
+        ("topk", {"W_dec": torch.full((WIDTH, D_MODEL), 3e38)}, "W_enc"),
+    ],
+)
+def test_folding_that_overflows_is_refused(
+    tmp_path: Path, architecture: str, tensors: dict[str, torch.Tensor], name: str
+) -> None:
+    settings = {"rescale_acts_by_decoder_norm": True} if architecture == "topk" else {}
+    reference(architecture, **settings).save_model(tmp_path)
+    weights = tmp_path / "sae_weights.safetensors"
+    edit_tensors(weights, W_enc=torch.full((D_MODEL, WIDTH), 2.0), **tensors)
+    with pytest.raises(SAEError, match=f"so large that {name} overflows float32 once its scales"):
+        load_sae(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "says"),
+    [
+        (torch.float8_e4m3fn, "F8_E4M3"),
+        (torch.float8_e8m0fnu, "F8_E8M0"),
+        (torch.complex64, "C64"),
+        (torch.bool, "BOOL"),
+    ],
+)
+@pytest.mark.parametrize("name", ["W_enc", "b_enc", "scaling_factor"])
+def test_tensors_of_other_types_are_refused(
+    tmp_path: Path, name: str, dtype: torch.dtype, says: str
+) -> None:
+    reference("standard").save_model(tmp_path)
+    shape = (D_MODEL, WIDTH) if name == "W_enc" else (WIDTH,)
+    tensor = torch.full(shape, 2.0).to(dtype)
+    edit_tensors(tmp_path / "sae_weights.safetensors", **{name: tensor})
+    says = "finetuned scaling_factor" if name == "scaling_factor" else f"stores {name} as {says}"
+    with pytest.raises(SAEError, match=says):
+        load_sae(tmp_path)
 
 
 def test_the_refusals_advice_works(tmp_path: Path) -> None:

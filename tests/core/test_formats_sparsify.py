@@ -101,6 +101,11 @@ def test_a_transcoder_says_what_it_predicts(tmp_path: Path) -> None:
     assert info.output_point == "layers.3.mlp.output"
 
 
+def test_a_width_by_expansion_factor_is_read(tmp_path: Path) -> None:
+    write(tmp_path, num_latents=0, expansion_factor=WIDTH // D_MODEL)
+    assert read_sae_info(tmp_path).width == WIDTH
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
@@ -108,7 +113,16 @@ def test_a_transcoder_says_what_it_predicts(tmp_path: Path) -> None:
         ({"signed": True}, "signed=True, which is not served"),
         ({"k": 0}, "k=0, which is no number of its 64 features"),
         ({"k": ...}, "k=None, which is no number"),
-        ({"d_in": 8}, "d_in=8 in its cfg.json but an encoder of 16 inputs"),
+        ({"d_in": 8}, "d_in=8 in its configuration but tensors of 16; give files that belong"),
+        ({"d_in": "16"}, "d_in='16' in its configuration, which must be a whole number"),
+        ({"num_latents": 999}, "num_latents=999 in its configuration but tensors of 64"),
+        (
+            {"num_latents": 0},
+            r"expansion_factor \* d_in=512 in its configuration but tensors of 64",
+        ),
+        ({"transcode": "false"}, "transcode='false' in its configuration, which must be true or"),
+        ({"transcode": None}, "transcode=None in its configuration, which must be true or false"),
+        ({"signed": 0}, "signed=0, which is not served"),
     ],
 )
 def test_what_it_asks_beyond_us_is_refused(

@@ -16,6 +16,7 @@ from neuroscope_vllm.core.errors import (
     ConfigError,
     DownloadError,
     GatedError,
+    NoFileError,
     NoRepositoryError,
     NoRevisionError,
     NotAllowedError,
@@ -179,7 +180,6 @@ def test_a_listing_that_leads_out_is_refused(hub: HubServer) -> None:  # noqa: F
         ("hf://org/--bad--/x", "'org/--bad--' cannot be a repository"),
         (f"hf://{REPO}/../x", "leads out of its repository"),
         (f"hf://{REPO}/layer_20", "it holds a.txt, width_16k; give a folder with params.npz"),
-        (f"hf://{REPO}/nowhere", "it holds nothing; give a folder with"),
         (f"hf://{REPO}/old", r"is a pickle \(sae.pt\), and pickles can run code"),
         (f"hf://{REPO}/half", "has cfg.json but no sae_weights.safetensors"),
     ],
@@ -189,6 +189,12 @@ def test_an_address_without_an_sae_is_refused(hub: HubServer, uri: str, says: st
     hub.add_repo(REPO, dict.fromkeys(names, b"{}"))
     with pytest.raises((SAEError, ConfigError), match=says):
         load_sae(uri)
+
+
+def test_a_folder_that_the_repository_has_not_is_a_missing_file(hub: HubServer) -> None:  # noqa: F811
+    hub.add_repo(REPO, {f"{FOLDER}/params.npz": b"{}"})
+    with pytest.raises(NoFileError, match=f"{REPO} has no folder layer_99/x; give the folder"):
+        load_sae(f"hf://{REPO}/layer_99/x")
 
 
 def test_gemma_scope_by_name_through_the_variables_alone(

@@ -26,7 +26,6 @@ from neuroscope_vllm.core.labels import (
     search,
     stored_labels,
 )
-from neuroscope_vllm.core.labels.csv_file import read_csv, to_csv
 from neuroscope_vllm.core.launch import label_files
 
 
@@ -233,8 +232,9 @@ def test_a_summary_counts_what_was_scored() -> None:
     assert LabelSet("you").summary() == Summary("you", 0, 0, 0, None, [], [], None)
 
 
-def test_scored_labellers_come_first_and_tokens_last() -> None:
+def test_reliable_labellers_come_first_then_unscored_tokens_and_unreliable() -> None:
     sets = [
+        LabelSet("poor", [Label(0, "a", "poor", 0.59)]),
         LabelSet("tokens", [Label(0, "a", "tokens")]),
         LabelSet("zoe", [Label(0, "a", "zoe")]),
         LabelSet("good", [Label(0, "a", "good", 0.9), Label(1, "a", "good")]),
@@ -242,7 +242,7 @@ def test_scored_labellers_come_first_and_tokens_last() -> None:
         LabelSet("fair", [Label(0, "a", "fair", 0.7)]),
     ]
     ordered = sorted(sets, key=preference)
-    assert [one.labeller for one in ordered] == ["good", "fair", "anna", "zoe", "tokens"]
+    assert [one.labeller for one in ordered] == ["good", "fair", "anna", "zoe", "tokens", "poor"]
 
 
 def test_stored_labels_are_found_for_every_sae_in_order_of_preference(
@@ -261,6 +261,16 @@ def test_stored_labels_are_found_for_every_sae_in_order_of_preference(
     assert [Path(path).name for path in found[20]] == ["zoe.jsonl", "tokens.jsonl"]
     assert found[3] == [str(artefacts.labels_file(hub, "zoe"))]
     assert f"line 1 of {begun} is cut off" in caplog.text
+    # One that is damaged does not take the others with it, unless it was asked for.
+    bad = artefacts.labels_file(hub, "bad")
+    bad.write_text('{"index": 1}\n')
+    with caplog.at_level(logging.WARNING):
+        assert label_files(settings, [20, 3]) == found
+    assert f"line 1 of {bad} is not a label" in caplog.text
+    assert "labels of this file are left out" in caplog.text
+    with pytest.raises(ConfigError, match="is not a label"):
+        label_files(Settings(sae=[local], labels=[str(bad)]), [20])
+    bad.unlink()
     assert list(stored_labels(hub)) == [artefacts.labels_file(hub, "zoe")]
 
 
@@ -347,47 +357,3 @@ def test_a_later_line_replaces_an_earlier_one(tmp_path: Path) -> None:
     file.write_text(GOOD + GOOD.replace('"a"', '"b"'))
     assert load_labels(file).get(1) == Label(1, "b", "me")
     assert load_labels(file, "you").get(1) == Label(1, "b", "you")
-
-
-def test_csv_gives_back_what_it_was_given(tmp_path: Path) -> None:
-    made = LabelSet(
-        "me",
-        [
-            Label(
-                7, '=1+2, "quoted"; naïve 漢', "me", 0.25, "fuzz", "gpt", "2026-01-02", 20, "ann"
-            ),
-            Label(2, "dogs", "me"),
-        ],
-    )
-    file = tmp_path / "x.csv"
-    file.write_text(to_csv(made), encoding="utf-8-sig")
-    assert list(read_csv(file)) == list(made)
-    assert {label.labeller for label in read_csv(file, "you")} == {"you"}
-
-
-@pytest.mark.parametrize(
-    ("text", "says"),
-    [
-        ("", "has no column 'index'; its first line names the columns"),
-        ("index,label\n1,a\n", "has a column 'label'; the columns are index, text, labeller"),
-        ("index,text\n1,a\n", r"has no column 'labeller' \(or give one with --labeller\)"),
-        ("index,text,labeller\n", "holds no labels below its column names"),
-        ("index,text,labeller\nx,a,me\n", "line 2 of .* is not a label .*index"),
-        ("index,text,labeller\n1,,me\n", "line 2 of .* is not a label .*text"),
-        ("index,text,labeller\n1,a,me,more\n", "line 2 of .* is not a label"),
-        ("index,text,labeller,score\n1,a,me,nan\n", "line 2 of .* has score nan"),
-        ("index,text,labeller\n1,a,me\n2,b,you\n", "line 3 of .* of 'you' but the file is of 'me'"),
-        ('index,text,labeller\n1,"a,me\n', "is no CSV in UTF-8"),
-        (b"index,text,labeller\n1,\xff,me\n", "is no CSV in UTF-8"),
-        ('index,text,labeller\n1,"' + "a" * 200_000 + '",me\n', "is no CSV in UTF-8"),
-    ],
-)
-def test_a_csv_that_holds_no_labels_is_explained(
-    tmp_path: Path, text: str | bytes, says: str
-) -> None:
-    file = tmp_path / "x.csv"
-    file.write_bytes(text if isinstance(text, bytes) else text.encode())
-    with pytest.raises(ConfigError, match=says):
-        read_csv(file)
-    with pytest.raises(ConfigError, match="cannot be read"):
-        read_csv(tmp_path / "none.csv")

@@ -328,6 +328,86 @@ def test_arrays_that_are_not_an_sae_are_refused(
 
 
 @pytest.mark.parametrize(
+    ("array", "stored"),
+    [
+        (np.zeros(WIDTH, np.longdouble), "float128"),
+        (np.zeros(WIDTH, np.complex64), "complex64"),
+        (np.zeros(WIDTH, "datetime64[s]"), r"datetime64\[s\]"),
+        (np.zeros(WIDTH, "S4"), "bytes32"),
+        (np.zeros(WIDTH, [("x", np.float32)]), "void32"),
+    ],
+)
+def test_arrays_that_torch_has_no_floats_for_are_refused(
+    tmp_path: Path, array: np.ndarray, stored: str
+) -> None:
+    folder = write_gemma(tmp_path, b_enc=array)
+    for read in (read_sae_info, load_sae):
+        with pytest.raises(SAEError, match=f"stores b_enc as {stored}; export it with floating"):
+            read(folder)
+
+
+def rewrite_member(path: Path, header: bytes, *, compression: int = zipfile.ZIP_STORED) -> None:
+    """Replace b_enc by an array of 256 bytes with this header."""
+    with zipfile.ZipFile(path) as archive:
+        kept = {name: archive.read(name) for name in archive.namelist() if "b_enc" not in name}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in kept.items():
+            archive.writestr(name, content)
+        magic = np.lib.format.magic(1, 0) + len(header).to_bytes(2, "little")
+        archive.writestr("b_enc.npy", magic + header + bytes(256), compression)
+
+
+@pytest.mark.parametrize(
+    ("shape", "says"),
+    [
+        ("(1099511627776,)", r"b_enc of shape \[1099511627776\] as float32, but stores 256 bytes"),
+        ("(-64,)", r"b_enc of shape \[-64\]"),
+        ("(-8, -8)", r"b_enc of shape \[-8, -8\], which disagrees with W_enc"),
+        ("(8, 8)", r"b_enc of shape \[8, 8\], which disagrees with W_enc"),
+        ("(" + "-" * 5000 + "64,)", "truncated or not an npz file"),
+    ],
+)
+def test_a_shape_that_its_file_does_not_hold_is_refused(
+    tmp_path: Path, shape: str, says: str
+) -> None:
+    path = write_gemma(tmp_path) / "params.npz"
+    header = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}}}\n"
+    rewrite_member(path, header.encode())
+    for read in (read_sae_info, load_sae):
+        with pytest.raises(SAEError, match=says):
+            read(tmp_path)
+
+
+def test_members_that_numpy_does_not_write_are_refused(tmp_path: Path) -> None:
+    path = write_gemma(tmp_path) / "params.npz"
+    header = b"{'descr': '<f4', 'fortran_order': False, 'shape': (64,)}\n"
+    rewrite_member(path, header, compression=zipfile.ZIP_LZMA)
+    with pytest.raises(SAEError, match=r"holds b_enc\.npy encrypted, damaged or compressed in"):
+        load_sae(tmp_path)
+    rewrite_member(path, header, compression=zipfile.ZIP_DEFLATED)
+    assert load_sae(tmp_path).b_enc.tolist() == [0.0] * WIDTH
+    content = bytearray(path.read_bytes())
+    entry = content.rindex(b"PK\1\2")  # b_enc's, in the archive's directory
+    content[entry + 24 : entry + 28] = (0xFFFFFFF0).to_bytes(4, "little")  # its size, unpacked
+    path.write_bytes(content)
+    with pytest.raises(SAEError, match=r"holds b_enc\.npy encrypted, damaged or compressed in"):
+        load_sae(tmp_path)
+    content[entry + 8] |= 1  # encrypted
+    content[entry + 24 : entry + 28] = (384).to_bytes(4, "little")
+    path.write_bytes(content)
+    with pytest.raises(SAEError, match=r"holds b_enc\.npy encrypted, damaged or compressed in"):
+        load_sae(tmp_path)
+
+
+def test_an_array_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+    path = write_gemma(tmp_path) / "params.npz"
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("w_enc", archive.read("W_enc.npy"))
+    with pytest.raises(SAEError, match="holds W_enc twice; export it again"):
+        load_sae(tmp_path)
+
+
+@pytest.mark.parametrize(
     ("suite", "reads", "predicts"),
     [
         ("mlp", "blocks.20.hook_mlp_out", None),
@@ -449,6 +529,12 @@ def test_a_pickle_named_npz_is_refused_unopened(tmp_path: Path) -> None:
     (tmp_path / "params.npz").write_bytes(pickle.dumps(Bomb()))
     with pytest.raises(SAEError, match="not an npz file"):
         load_sae(tmp_path)
+
+
+@pytest.mark.parametrize("path", ["~nobody-of-this-name/sae", "x" * 5000, "/dev/null"])
+def test_a_path_that_cannot_be_looked_at_is_refused(path: str) -> None:
+    with pytest.raises(SAEError, match=r"cannot be looked at .*; give a folder|is not an SAE"):
+        load_sae(path)
 
 
 def test_a_path_that_does_not_exist_is_named(tmp_path: Path) -> None:

@@ -238,10 +238,60 @@ def test_explanations_lose_quotes_and_markup(text: str, label: str | None) -> No
         "x" * 500 + "\nTOP_POSITIVE_LOGITS",
         "Method 1 fails, so Method 2",
         "The **user** wants a label",
+        "<think>hmm</think> the label",
+        "<think>\nOkay, so the tokens are all about dogs.\n</think>\n\ndogs",
+        "<think> Let me look, and never come to an end",
+        "Okay, let me look at the tokens: x",
+        "Alright, let's see. The activations are on dogs",
+        "Hmm, so let me think about these examples",
+        "Let me analyze the activating tokens",
+        "I need to find what the neuron is for",
     ],
 )
 def test_leaks_are_no_labels(text: str) -> None:
     assert sanitise(text) is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "first, second and third in lists of texts",
+        "Okay, alright and other interjections",
+        "okay, let me",
+        "phrases like 'let me see' before examples",
+        "let's go",
+        "Let me tell you",
+        "I need to buy tokens",
+        "let me know if you have any questions",
+        "the user's wants and needs",
+        "thinking, <thinking> in XML",
+        '"<think>" and "</think>" tags',
+        "<think> and </think>",
+        "<think> tags that open a model's reasoning",
+        "labels: what names a thing",
+        "explanations, reasons and examples",
+        "explanation of methods in papers",
+        "label: in YAML",
+        "well, well, well",
+        "First, an enumeration of features",
+        "now, so, then: adverbs of time in texts",
+        "OK buttons and Cancel labels",
+        "Right, left: directions in a text",
+    ],
+)
+def test_ordinary_labels_stay_as_they_are(text: str) -> None:
+    assert sanitise(text) == text
+
+
+@pytest.mark.parametrize(
+    "marked",
+    [
+        *("Explanation: dogs", "EXPLANATION:dogs", "[EXPLANATION]: dogs", "Label: dogs"),
+        *("**Explanation:** dogs", '**[Explanation]**: "dogs"', "Explanation: Label: `dogs`"),
+    ],
+)
+def test_the_marker_of_an_answer_is_taken_off(marked: str) -> None:
+    assert sanitise(marked) == "dogs"
 
 
 MARKED = st.text(

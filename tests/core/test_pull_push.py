@@ -24,7 +24,13 @@ from neuroscope_vllm.core.errors import (
 from neuroscope_vllm.core.labels import Label, LabelSet, load_labels
 from neuroscope_vllm.core.sharing.card import render_card
 from neuroscope_vllm.core.sharing.lock import Lock, LockedSAE, load_lock
-from neuroscope_vllm.core.sharing.package import Entry, LabelsEntry, Manifest, labels_to_parquet
+from neuroscope_vllm.core.sharing.package import (
+    Entry,
+    LabelsEntry,
+    Manifest,
+    labels_from_parquet,
+    labels_to_parquet,
+)
 from neuroscope_vllm.core.sharing.pull import fetch, resolve, sae_sources
 from neuroscope_vllm.core.sharing.push import push
 from tests.core.test_hub import params  # noqa: F401  (a fixture)
@@ -97,18 +103,21 @@ def test_pull_from_a_dataset_brings_all_that_it_is_about(
 
 def test_what_may_not_be_pushed(hub: HubServer, tmp_path: Path) -> None:  # noqa: F811
     keep(SAES[0], "neuronpedia", ["theirs"])
+    renamed = Label(index=0, text="x", labeller="Renamed", method="np_acts-logits-general")
+    LabelSet("Renamed", [renamed]).save(artefacts.labels_file(SAES[0], "Renamed"))
     hub.add_repo("alice/other", {"data.csv": b""}, repo_type="dataset")
     hub.add_repo("alice/public", repo_type="dataset")
     for words, options, says in (
-        (SAES[:1], {"labellers": ["neuronpedia"]}, "Neuronpedia states no licence under which"),
-        (SAES[:1], {"labellers": ["nobody"]}, "no labels by nobody .* by alice, neuronpedia"),
+        (SAES[:1], {"labellers": ["neuronpedia"]}, "by neuronpedia are Neuronpedia.s and are not"),
+        (SAES[:1], {"labellers": ["Renamed"]}, "by Renamed are Neuronpedia's and are not pushed"),
+        (SAES[:1], {"labellers": ["nobody"]}, "no labels of 'nobody' .*: Renamed, alice, neuronp"),
         (SAES[:1], {}, "would be public without a licence"),
         ([str(tmp_path)], {}, "is on this machine only"),
         ([f"hf://{REPO}/layer_1"], {}, "is not an SAE"),
         (SAES[:1], {"repo": "alice/other", "license": "mit"}, "holds something else .data.csv."),
         (SAES[:1], {"repo": "alice/public", "private": True}, "exists and is public"),
     ):
-        with pytest.raises((ConfigError, SAEError), match=says):
+        with pytest.raises((ConfigError, NoFileError), match=says):
             push(**{"repo": DATASET, "sources": words, **options})  # type: ignore[arg-type]
     keep(SAES[0], "alice", ["x"] * (WIDTH + 1))
     with pytest.raises(ConfigError, match=r"of feature 8 too, but SAE .* has 8"):
@@ -117,6 +126,75 @@ def test_what_may_not_be_pushed(hub: HubServer, tmp_path: Path) -> None:  # noqa
     with pytest.raises(ConfigError, match=r"is of 9 features, but SAE .* has 8"):
         push(DATASET, SAES[:1], license="mit")
     assert ("dataset", DATASET) not in hub.repos
+
+
+def test_neuronpedias_labels_stay_whatever_their_name(
+    hub: HubServer,  # noqa: F811
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    keep(SAES[0], "Neuronpedia", ["theirs"])
+    push(DATASET, SAES[:1], license="mit")
+    assert [sorted(entry.labels) for entry in manifest(hub).saes.values()] == [["alice"]]
+    assert "labels by Neuronpedia stay here" in caplog.text
+
+
+def test_a_damaged_label_file_is_left_out_of_a_push_unless_it_is_named(
+    hub: HubServer,  # noqa: F811
+) -> None:
+    artefacts.labels_file(SAES[0], "z").write_text('{"index": 1}\n')
+    with pytest.raises(ConfigError, match=r"line 1 of .*z.jsonl is not a label"):
+        push(DATASET, SAES[:1], labellers=["z"], license="mit")
+    push(DATASET, SAES[:1], license="mit")
+    assert [sorted(entry.labels) for entry in manifest(hub).saes.values()] == [["alice"]]
+
+
+def bomb(size: int, *, lies: bool) -> bytes:
+    """Labels in a few kB, whose text takes `size` bytes; the footer may say that it takes none."""
+    buffer = io.BytesIO()
+    table = pa.table({"index": [0], "text": ["a" * size], "labeller": ["alice"]})
+    pq.write_table(table, buffer, compression="zstd", use_dictionary=False)
+    content = buffer.getvalue()
+    if lies:
+        said = pq.read_metadata(buffer).row_group(0).column(1).total_uncompressed_size
+        written = zigzag(said)
+        padded = bytes([0x90, *[0x80] * (len(written) - 2), 0])  # 8, as long
+        head, _, tail = content.rpartition(written)
+        content = head + padded + tail
+    return content
+
+
+def zigzag(number: int) -> bytes:
+    """A positive number as Thrift writes it."""
+    number, out = number << 1, []
+    while number >= 128:
+        out.append(number & 127 | 128)
+        number >>= 7
+    return bytes([*out, number])
+
+
+@pytest.mark.parametrize(
+    ("content", "width", "says"),
+    [
+        (bomb(200_000_000, lies=False), WIDTH, "too large for 8 features"),  # told by the footer
+        (bomb(3_000_000, lies=True), WIDTH, "have a text of absurd length"),
+    ],
+)
+def test_a_small_file_that_unpacks_to_much_is_refused(
+    tmp_path: Path, content: bytes, width: int, says: str
+) -> None:
+    assert len(content) < 20_000
+    path = tmp_path / "labels.parquet"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=says):
+        labels_from_parquet(path, "alice", width, tmp_path)
+
+
+def test_a_text_that_is_repeated_without_end_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "labels.parquet"
+    rows = {"index": list(range(999)), "text": ["a" * 39_999] * 999, "labeller": ["alice"] * 999}
+    path.write_bytes(parquet(**rows))  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="too large for 999 features"):
+        labels_from_parquet(path, "alice", 999, tmp_path)
 
 
 def parquet(**columns: list[object]) -> bytes:

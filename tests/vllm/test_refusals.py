@@ -149,3 +149,11 @@ def test_calibration_of_another_input(refuse: Any, tiny_sae: Path, tmp_path: Pat
     Calibration.empty(512, sae_input="rms").save(path)
     why = "was made with sae_input rms, but sae_input is raw"
     refuse({"sae": str(tiny_sae), "calibration": str(path)}, why)
+
+
+def test_calibration_of_other_weights(refuse: Any, tiny_sae: Path, tmp_path: Path) -> None:
+    path = tmp_path / "calibration.safetensors"
+    calibration = Calibration.empty(512, sae_digest="0123456789abcdef")
+    calibration.tokens = 1
+    calibration.save(path)
+    refuse({"sae": str(tiny_sae), "calibration": str(path)}, "was made with other weights than")

@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 
 from neuroscope_vllm.core.inspection.record import Firings, Token, Tracked
+from neuroscope_vllm.core.json_text import to_json
 
 
 class PageText(msgspec.Struct, kw_only=True):
@@ -106,7 +107,7 @@ def _firings(
 
 def _inert(data: dict[str, Any]) -> str:
     """JSON that no HTML parser finds an end, a comment or an element in."""
-    return msgspec.json.encode(data).decode().replace("<", "\\u003c")
+    return to_json(data).replace("<", "\\u003c")
 
 
 def _policy(html: str) -> str:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
 from neuroscope_vllm.core.errors import ConfigError
 from neuroscope_vllm.core.labels import Label, LabelSet, NoLabels, one_labeller
 
+_FORMULA = re.compile(r"'*[=+\-@\t\r]")
+"""A cell that a spreadsheet may compute, quoted or not: it is written with one quote more."""
 FIELDS = tuple(field.name for field in msgspec.structs.fields(Label))
 
 
@@ -38,12 +42,27 @@ def read_csv(path: Path, labeller: str | None = None) -> LabelSet:
 
 
 def to_csv(labels: LabelSet) -> str:
-    """All fields, by ascending index; what is not known is empty."""
+    """All fields, by ascending index; what is not known is empty.
+
+    Texts that a spreadsheet would take for formulas get a quote before, which `read_csv` takes off.
+    """
     text = io.StringIO()
     writer = csv.DictWriter(text, FIELDS, lineterminator="\n")
     writer.writeheader()
-    writer.writerows(label.to_dict() for label in labels)
+    writer.writerows(
+        {name: _inert(value) for name, value in label.to_dict().items()} for label in labels
+    )
     return text.getvalue()
+
+
+def _inert(value: Any) -> Any:
+    return f"'{value}" if isinstance(value, str) and _FORMULA.match(value) else value
+
+
+def _as_given(cell: Any) -> Any:
+    """Without the quote of `_inert`. Cells beyond the columns come as a list."""
+    quoted = isinstance(cell, str) and cell.startswith("'") and _FORMULA.match(cell)
+    return cell[1:] if quoted else cell
 
 
 def _labels(
@@ -62,7 +81,7 @@ def _labels(
             f"{path} has no column {first!r}{hint}; its first line names the columns."
         )
     for row in rows:
-        known = {name: cell for name, cell in row.items() if cell}
+        known = {name: _as_given(cell) for name, cell in row.items() if cell}
         if labeller:
             known["labeller"] = labeller
         try:

@@ -219,7 +219,7 @@ def one_labeller(path: str | Path, labels: Iterable[tuple[int, Label]]) -> Label
 def stored_labels(source: str) -> dict[Path, LabelSet]:
     """All labels of the SAE at `source` by file, those that are shown first first.
 
-    A file that holds no label yet is left out with a warning. Raises ConfigError on a bad file.
+    A file that cannot be read, or holds no label yet, is left out with a warning.
     """
     found = {}
     for path in artefacts.find_labels(source):
@@ -227,18 +227,39 @@ def stored_labels(source: str) -> dict[Path, LabelSet]:
             found[path] = load_labels(path)
         except NoLabels as error:
             logger.warning("%s", error)
+        except ConfigError as error:
+            logger.warning("%s The labels of this file are left out.", error)
     return dict(sorted(found.items(), key=lambda item: preference(item[1])))
+
+
+def labels_of(source: str, labeller: str) -> tuple[Path, LabelSet]:
+    """The labels of one labeller of the SAE at `source`, and their file.
+
+    Raises:
+        ConfigError: There are none, or the file that bears the labeller's name cannot be read.
+    """
+    for path in artefacts.find_labels(source):
+        if path.stem == labeller and (labels := load_labels(path)).labeller == labeller:
+            return path, labels
+    stored = stored_labels(source)
+    for path, labels in stored.items():
+        if labels.labeller == labeller:
+            return path, labels
+    known = ", ".join(labels.labeller for labels in stored.values()) or "none"
+    raise ConfigError(f"there are no labels of {labeller!r} for {source}; its labellers: {known}.")
 
 
 def preference(label_set: LabelSet) -> tuple[Any, ...]:
     """Sort key: of several labellers that know a feature, the first is shown in events.
 
-    Scored ones first, by mean score; the unscored by name, `tokens` last, whose labels are lists of
-    tokens. Label files that the user gives are in the order given instead.
+    Reliable ones first, by mean score; then the unscored by name, then `tokens`, whose labels are
+    lists of tokens, and last those that are unreliable on average. Label files that the user gives
+    are in the order given instead.
     """
-    mean = label_set.summary().mean_score
-    labeller = label_set.labeller
-    return (mean is None, -(mean or 0), labeller == "tokens", labeller)
+    mean, labeller = label_set.summary().mean_score, label_set.labeller
+    if mean is None:
+        return (2 if labeller == "tokens" else 1, 0.0, labeller)
+    return (3 if mean < RELIABLE_SCORE else 0, -mean, labeller)
 
 
 def clean_label(text: str, limit: int = MAX_LABEL_CHARS) -> str:

@@ -25,6 +25,13 @@ MAX_LINE = 64 * 2**20
 MAX_READ = 4000
 """Characters of an explanation that are looked at for markup."""
 
+_BETWEEN_MARKS = r"""[\s"'`“”]*(?:and|or|to|[,/&…]|\.\.\.)?[\s"'`“”]*"""
+_OPENING = r"(?:okay|ok|alright|all right|hmm+|well|sure|so|right|first|now)\b[,.:!…]+"
+_INTENT = (
+    r"(?:let me|let['’]s|i need to|i have to|i['’]ll|i will|we need to|we have to)\s+"
+    r"(?:first\s+)?(?:look|see|analy[sz]e|think|start|begin|examine|find|figure|check|consider|go)"
+)
+_TASK = r"(?:tokens?|activat\w+|neurons?|features?|explanations?|logits|texts?|examples|labels?)"
 LEAKED = re.compile(
     "|".join(
         (
@@ -32,12 +39,18 @@ LEAKED = re.compile(
             r"TOP_POSITIVE_LOGITS",
             r"The user wants",  # thoughts
             r"Method \d",  # the prompt's instructions
+            # Thoughts between their marks, but not a label about the marks themselves.
+            rf"(?is:<think(?:ing)?>(?!{_BETWEEN_MARKS}</think).*?</think(?:ing)?>)",
+            rf"(?is:^\W*<think(?:ing)?>\s*(?:{_OPENING}|{_INTENT}))",
+            # Thoughts aloud, where they are about the task.
+            rf"(?is:^\W*(?:{_OPENING}\s*(?:so,?\s+)?)?{_INTENT}\b.{{0,80}}?\b{_TASK}\b)",
         )
     )
 )
 """What no label holds: traces of the explainer's prompt and of its chain of thought."""
 
 MARKUP = (
+    (re.compile(r"^\[?(?:Explanation|EXPLANATION|Label|LABEL)\]?:\s*"), ""),
     (re.compile(r"^(?:#{1,6}|[-*•>])\s+"), ""),  # heading, list item, quotation
     (re.compile(r"\*\*([^\s*](?:[^*]*[^\s*])?)\*\*"), r"\1"),
     (re.compile(r"(?<![\w*])\*([^\s*](?:[^*]*[^\s*])?)\*(?![\w*])"), r"\1"),
@@ -48,7 +61,7 @@ MARKUP = (
     (re.compile(r"^‘([^‘’]*)’$"), r"\1"),
     (re.compile(r"^«([^«»]*)»$"), r"\1"),
 )
-"""Markdown, and quotes around the whole, with what replaces them."""
+"""The marker of an answer, Markdown, and quotes around the whole, with what replaces them."""
 
 _IDENTIFIER = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -70,6 +83,16 @@ class _Row(msgspec.Struct):
     explanationModelName: str | None = None
     createdAt: str | None = None
     scores: list[_Score] | None = None
+
+
+def is_neuronpedias(labels: LabelSet) -> bool:
+    """Whether labels are Neuronpedia's: by the labeller's name, or by the method of one of them.
+
+    The methods of its own explainers begin with `np_`; a user who renamed the labeller kept them.
+    """
+    return labels.labeller.casefold().startswith(LABELLER) or any(
+        label.method is not None and label.method.startswith("np_") for label in labels
+    )
 
 
 class Explanations(NamedTuple):

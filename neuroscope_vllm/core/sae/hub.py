@@ -80,11 +80,16 @@ def list_folder(source: str, revision: str | None) -> list[str]:
     """Names of files and folders right inside the folder of a hub URI.
 
     Raises:
-        SAEError, DownloadError: As `fetch`.
+        SAEError, DownloadError: As `fetch`; NoFileError if there is no such folder.
     """
     address = parse_address(source, revision)
     paths = map(PurePosixPath, list_files(address.repository))
     inside = [path.relative_to(address.folder) for path in paths if address.folder in path.parents]
+    if not inside:
+        raise NoFileError(
+            f"{source} is not an SAE: {address.repo} has no folder {address.path or 'with files'}; "
+            f"give the folder of one, as the repository's page shows it."
+        )
     return sorted({path.parts[0] for path in inside})
 
 

@@ -51,10 +51,19 @@ def _locate(source: str, revision: str | None) -> tuple[Located, Format]:
         raise SAEError(
             f"revision {revision!r} was given for {source}, which is a local path; leave it out."
         )
-    return _locate_local(source, Path(source).expanduser())
+    return _locate_local(source)
 
 
-def _locate_local(source: str, path: Path) -> tuple[Located, Format]:
+def _locate_local(source: str) -> tuple[Located, Format]:
+    try:
+        return _locate_path(source, Path(source).expanduser())
+    except (OSError, RuntimeError) as error:  # no right to look, a name too long, ~nobody
+        raise SAEError(
+            f"SAE {source} cannot be looked at ({error}); give a folder or file that you can read."
+        ) from error
+
+
+def _locate_path(source: str, path: Path) -> tuple[Located, Format]:
     if not path.exists():
         raise SAEError(
             f"SAE {source} does not exist; give a folder, a file, or hf://org/repo/path/inside."

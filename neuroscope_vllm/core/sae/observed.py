@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import msgspec
@@ -13,6 +14,9 @@ from neuroscope_vllm.core.errors import ConfigError
 from neuroscope_vllm.core.sae import canonical
 from neuroscope_vllm.core.sae.info import SAEInfo
 from neuroscope_vllm.core.sae.load import read_sae_info
+from neuroscope_vllm.core.sae.sae import SAE
+
+logger = logging.getLogger(__name__)
 
 
 def named(settings: Settings, model: str) -> Settings:
@@ -67,7 +71,11 @@ def calibration_of(
         ConfigError: It can not be used, or was made with another SAE or `sae_input`.
     """
     given = settings.calibration[number] if settings.calibration else None
-    path = Path(given) if given else artefacts.find_calibration(settings.sae[number])
+    path = (
+        Path(given)
+        if given
+        else artefacts.find_calibration(settings.sae[number], settings.sae_input)
+    )
     if path is None:
         return None
     calibration = Calibration.load(path)
@@ -85,3 +93,29 @@ def calibration_of(
     if calibration.tokens == 0:
         raise ConfigError(f"calibration {path} saw no tokens; use one made on a corpus.")
     return path, calibration
+
+
+def check_calibration(path: Path, calibration: Calibration, sae: SAE, model: str) -> None:
+    """Check that a calibration is of these weights; warn if it was made on another model.
+
+    Raises:
+        ConfigError: The SAE's weights are not those that were calibrated.
+    """
+    if calibration.sae_digest not in ("", sae.digest):
+        raise ConfigError(
+            f"calibration {path} was made with other weights than SAE {sae.info.source} has now;"
+            " calibrate again with `neuroscope calibrate`, or delete it."
+        )
+    if _last(calibration.model) != _last(model):
+        logger.warning(
+            "neuroscope: calibration %s was made on %s, and this is %s; make one on it with"
+            " `neuroscope calibrate`.",
+            path,
+            calibration.model or "an unnamed model",
+            model,
+        )
+
+
+def _last(name: str) -> str:
+    """A hub id and a folder may name the same model."""
+    return name.rstrip("/").rpartition("/")[2].casefold()

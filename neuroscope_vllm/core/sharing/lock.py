@@ -22,6 +22,7 @@ from neuroscope_vllm.core.errors import LockError
 VERSION = 1
 LOCK_FILE = "neuroscope.lock"
 MAX_BYTES = 16 << 20
+REMEDY = "delete it and name what is to be pulled (`neuroscope pull MODEL --sae SAE`)"
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 REPO = re.compile(r"\w[\w.-]*/\w[\w.-]*")
@@ -78,6 +79,27 @@ class Lock(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True
         write_whole(path, content.encode() + b"\n")
 
 
+def check_kept(old: Lock, new: Lock, path: Path) -> None:
+    """Raise LockError if the new lock, which is to replace the old, is not about all that that is.
+
+    Another commit of the same repository is not lost, but what a pull by name is for.
+    """
+    gone = [f"model {old.model.repo}"] if old.model and not _same(old.model, new.model) else []
+    names = {sae.name for sae in new.saes}
+    gone += [f"SAE {sae.name}" for sae in old.saes if sae.name not in names]
+    if old.artefacts and not _same(old.artefacts, new.artefacts):
+        gone.append(f"dataset {old.artefacts.repo}")
+    if gone:
+        raise LockError(
+            f"lock file {path} has {', '.join(gone)}, which this pull would drop from it; name "
+            f"that too, choose another file with --lock, or delete this one first."
+        )
+
+
+def _same(old: _Locked, new: _Locked | None) -> bool:
+    return new is not None and new.repo == old.repo
+
+
 def load_lock(path: Path) -> Lock:
     """Read a lock file.
 
@@ -97,10 +119,10 @@ def load_lock(path: Path) -> Lock:
         if version is not None and bytes(version) != str(VERSION).encode():
             raise LockError(
                 f"lock file {path} is of version {bytes(version).decode()}, and this neuroscope "
-                f"reads version {VERSION}; pull again without --locked."
+                f"reads version {VERSION}; {REMEDY}."
             )
         return msgspec.json.decode(content, type=Lock)
     except msgspec.DecodeError as error:
         raise LockError(
-            f"lock file {path} is damaged ({error}); restore it, or pull again without --locked."
+            f"lock file {path} is damaged ({error}); restore it, or {REMEDY}."
         ) from error

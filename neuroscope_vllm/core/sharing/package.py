@@ -18,6 +18,7 @@ from typing import Any, get_args
 
 import msgspec
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from neuroscope_vllm.core import artefacts
@@ -28,8 +29,10 @@ VERSION = 1
 MANIFEST = "neuroscope.json"
 CARD = "README.md"
 MAX_MANIFEST_BYTES = 4 << 20
-MAX_CELL_CHARS = 10_000
-MAX_BYTES_A_ROW = 16_384
+MAX_CELL_BYTES = 40_000
+MAX_BYTES_A_ROW = 8192
+"""On average, compressed or not; a label's texts are cleaned before they are pushed."""
+ROWS_AT_ONCE = 4096
 _ARROW = {int: pa.int64(), float: pa.float64(), str: pa.string()}
 
 
@@ -164,25 +167,56 @@ def _plain_type(annotation: Any) -> type:
 
 
 def _read_rows(path: Path, width: int) -> list[dict[str, Any]]:
-    """Rows of the known columns. Raises ConfigError where their size says they are no labels."""
-    if path.stat().st_size > MAX_BYTES_A_ROW * width + (1 << 20):
-        raise ConfigError(f"labels {path} are too large for {width} features; do not use them.")
+    """Rows of the known columns. Raises ConfigError where their size says they are no labels.
+
+    What the footer says is checked before anything is read; as it may lie, what comes is, too.
+    """
+    most = MAX_BYTES_A_ROW * width + (1 << 20)
+    too_large = ConfigError(f"labels {path} are too large for {width} features; do not use them.")
+    if path.stat().st_size > most:
+        raise too_large
     metadata = pq.read_metadata(path)
     if metadata.num_rows > width:
         raise ConfigError(
             f"labels {path} are {metadata.num_rows} of an SAE of {width} features; push them again "
             f"for this SAE."
         )
-    known = [field for field in _schema() if field.name in metadata.schema.names]
+    most = MAX_BYTES_A_ROW * metadata.num_rows + (1 << 20)
+    top_level = metadata.schema.to_arrow_schema().names
+    known = [field for field in _schema() if field.name in top_level]
+    if _unpacked_bytes(metadata, {field.name for field in known}) > most:
+        raise too_large
     texts = [field.name for field in known if field.type == pa.string()]
+    rows, size = [], 0
     with pq.ParquetFile(path, metadata=metadata, read_dictionary=texts) as file:
-        table = file.read(columns=[field.name for field in known])
-    for name in texts:
-        for chunk in table[name].chunks:
-            # As a dictionary: a few long texts, repeated, would fill the memory as rows.
-            if not isinstance(chunk, pa.DictionaryArray):
-                raise ConfigError(f"labels {path} have a {name} that is no text; do not use them.")
-            lengths = (len(text or "") for text in chunk.dictionary.to_pylist())
-            if max(lengths, default=0) > MAX_CELL_CHARS:
-                raise ConfigError(f"labels {path} have a {name} of absurd length; do not use them.")
-    return table.to_pylist()
+        for batch in file.iter_batches(ROWS_AT_ONCE, columns=[field.name for field in known]):
+            size += sum(_text_bytes(path, name, batch.column(name)) for name in texts)
+            if size > most:
+                raise too_large
+            rows += batch.to_pylist()
+    return rows
+
+
+def _unpacked_bytes(metadata: pq.FileMetaData, names: set[str]) -> int:
+    """What these columns take before compression, as the footer says."""
+    chunks = (
+        metadata.row_group(group).column(column)
+        for group in range(metadata.num_row_groups)
+        for column in range(metadata.num_columns)
+    )
+    return sum(
+        chunk.total_uncompressed_size
+        for chunk in chunks
+        if chunk.path_in_schema.partition(".")[0] in names
+    )
+
+
+def _text_bytes(path: Path, name: str, column: pa.Array) -> int:
+    """What a column's texts take as rows. Raises ConfigError if one is too long, or is no text."""
+    # As a dictionary: a few long texts, repeated, would fill the memory as rows.
+    if not isinstance(column, pa.DictionaryArray):
+        raise ConfigError(f"labels {path} have a {name} that is no text; do not use them.")
+    lengths = pc.call_function("binary_length", [column.dictionary])
+    if (pc.call_function("max", [lengths]).as_py() or 0) > MAX_CELL_BYTES:
+        raise ConfigError(f"labels {path} have a {name} of absurd length; do not use them.")
+    return pc.call_function("sum", [lengths.take(column.indices)]).as_py() or 0

@@ -200,7 +200,8 @@ def fetch(lock: Lock, *, locked: bool) -> Pulled:
         odd = sorted(dict(hashes.items() ^ lock.artefacts.sha256.items()))
         raise LockError(
             f"{', '.join(odd)} of {lock.artefacts.repo} is not what the lock file says; "
-            f"restore the lock file, or pull again without --locked."
+            f"restore the lock file, or lock what is there now by naming all of it (`neuroscope "
+            f"pull MODEL --sae SAE --from {lock.artefacts.repo}`)."
         )
     installed, kept = [], []
     for file in found:

@@ -18,8 +18,8 @@ from neuroscope_vllm.core.errors import (
     NoRepositoryError,
     NotLoggedInError,
 )
-from neuroscope_vllm.core.labels import LabelSet, stored_labels
-from neuroscope_vllm.core.labels.neuronpedia import LABELLER as NEURONPEDIA
+from neuroscope_vllm.core.labels import LabelSet, labels_of, stored_labels
+from neuroscope_vllm.core.labels.neuronpedia import is_neuronpedias
 from neuroscope_vllm.core.sae.hub import is_hub_uri, parse_address
 from neuroscope_vllm.core.sae.load import read_sae_info
 from neuroscope_vllm.core.sharing import package
@@ -139,7 +139,8 @@ def _collect(source: str, labellers: Sequence[str]) -> tuple[Entry, dict[str, by
     if not files:
         raise ConfigError(
             f"there is nothing to push about SAE {name}: no calibration and no labels in "
-            f"{artefacts.home(name)}; make some with `neuroscope calibrate` and `neuroscope label`."
+            f"{artefacts.home(name)}; make some with `neuroscope calibrate` and "
+            f"`neuroscope labels import`."
         )
     entry = Entry(
         sae=name,
@@ -155,22 +156,22 @@ def _collect(source: str, labellers: Sequence[str]) -> tuple[Entry, dict[str, by
 
 def _chosen(name: str, labellers: Sequence[str]) -> list[LabelSet]:
     """Labels of an SAE that are to be published, and may be."""
-    found = {labels.labeller: labels for labels in stored_labels(name).values()}
-    for labeller in labellers:
-        if labeller not in found:
-            raise ConfigError(
-                f"there are no labels by {labeller} of SAE {name}; there are labels by "
-                f"{', '.join(found) or 'nobody'}."
-            )
-    if NEURONPEDIA in labellers:
+    if labellers:
+        chosen = [labels_of(name, labeller)[1] for labeller in dict.fromkeys(labellers)]
+    else:
+        chosen = list(stored_labels(name).values())
+    theirs = [labels.labeller for labels in chosen if is_neuronpedias(labels)]
+    if theirs and labellers:
         raise ConfigError(
-            f"labels by {NEURONPEDIA} are not pushed, as Neuronpedia states no licence under which "
-            f"others may publish them; who wants them runs `neuroscope labels import "
-            f"{NEURONPEDIA}`."
+            f"labels by {theirs[0]} are Neuronpedia's and are not pushed, as it states no licence "
+            f"under which others may publish them; who wants them runs `neuroscope labels import "
+            f"neuronpedia`."
         )
-    if found.pop(NEURONPEDIA, None) and not labellers:
-        logger.warning("labels by %s stay here: no licence is stated for them.", NEURONPEDIA)
-    return [found[labeller] for labeller in dict.fromkeys(labellers or found)]
+    for labeller in theirs:
+        logger.warning(
+            "labels by %s stay here: they are Neuronpedia's, which states no licence.", labeller
+        )
+    return [labels for labels in chosen if labels.labeller not in theirs]
 
 
 def _what_is_there(repo: str, private: bool) -> _There:

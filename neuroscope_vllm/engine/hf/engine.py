@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import transformers
 
+from neuroscope_vllm.core.artefacts import model_files
 from neuroscope_vllm.core.config import Settings
 from neuroscope_vllm.core.passes import Pass, Rows
 from neuroscope_vllm.core.sae import check_fits, load_sae
@@ -29,6 +31,7 @@ class HFEngine:
         """
         settings = named(settings, model)
         self.model = model
+        self.identity = f"transformers {transformers.__version__}, float32, {model_files(model)}"
         self.sae_input = settings.sae_input
         self.sites: dict[int, SAEInfo] = observed(settings)
         self._oracle = Oracle(model, list(self.sites))

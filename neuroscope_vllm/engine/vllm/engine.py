@@ -16,10 +16,12 @@ import msgspec
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
+import vllm
 from vllm import LLM, SamplingParams, TokensPrompt
 from vllm.engine.arg_utils import EngineArgs
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+from neuroscope_vllm.core.artefacts import model_files
 from neuroscope_vllm.core.config import Settings, settings_dict
 from neuroscope_vllm.core.errors import ConfigError, EngineError, NeuroscopeError
 from neuroscope_vllm.core.passes import Pass
@@ -79,6 +81,11 @@ class VLLMEngine:
                 " starts with the same flags."
             ) from error
         self.model = model
+        commit = getattr(config.hf_config, "_commit_hash", None)
+        self.identity = (
+            f"vllm {vllm.__version__}, {config.dtype}, {' '.join(vllm_flags)}, {commit or ''}"
+            f"{model_files(model)}"
+        )
         self.sae_input = settings.sae_input
         self.max_tokens: int = self._llm.model_config.max_model_len - 1  # one is generated
         self.tokenizer: Any = self._llm.get_tokenizer()
@@ -122,9 +129,9 @@ def _cut_off(arguments: EngineArgs, config: Any, num_layers: int) -> None:
     cut: dict[str, Any] = {"num_hidden_layers": num_layers}
     if types := getattr(text, "layer_types", None):
         cut["layer_types"] = types[:num_layers]
-    if text is not config.hf_config:  # a text model inside another
-        cut = {"text_config": cut}
     given = arguments.hf_overrides if isinstance(arguments.hf_overrides, dict) else {}
+    if text is not config.hf_config:  # a text model inside another
+        cut = {"text_config": {**given.get("text_config", {}), **cut}}
     arguments.hf_overrides = {**given, **cut}
 
 

@@ -9,7 +9,6 @@ import atexit
 import contextlib
 import logging
 import os
-import re
 import sys
 from collections.abc import Iterator
 from contextvars import ContextVar
@@ -19,12 +18,13 @@ from typing import Any
 from vllm.config import ModelConfig, VllmConfig
 
 from neuroscope_vllm.core import launch
+from neuroscope_vllm.core.artefacts import pinned
 from neuroscope_vllm.core.config import RUNTIME_VARIABLE, Settings, asked_for, resolve
 from neuroscope_vllm.core.errors import ConfigError, NeuroscopeError
 from neuroscope_vllm.core.keys import check_reachable, hub_endpoint
 from neuroscope_vllm.core.sae import check_fits, load_sae
 from neuroscope_vllm.core.sae.info import SAEInfo
-from neuroscope_vllm.core.sae.observed import calibration_of, named, observed
+from neuroscope_vllm.core.sae.observed import calibration_of, check_calibration, named, observed
 from neuroscope_vllm.engine.vllm import plugin
 from neuroscope_vllm.engine.vllm.refusals import check_served, warnings
 from neuroscope_vllm.engine.vllm.settings import KEY, SiteSettings, WorkerSettings, given_flags
@@ -110,30 +110,25 @@ def _sites(settings: Settings, model: ModelConfig) -> list[SiteSettings]:
     sites = []
     for i, (layer, info) in enumerate(found.items()):
         source = settings.sae[i]
-        if RUNTIME_VARIABLE not in os.environ:
-            load_sae(source)  # finds NaN and truncation now rather than in a worker
-        calibration = None
+        calibrated = None
         if not _passes_only.get():  # what makes calibrations needs none
-            found_calibration = calibration_of(settings, i, info)
-            calibration = found_calibration and str(found_calibration[0])
-            _check_ranking(settings, info, calibration)
-        sites.append(SiteSettings(layer, _pinned(source, info), info, calibration))
+            calibrated = calibration_of(settings, i, info)
+            _check_ranking(settings, info, calibrated is not None)
+        if RUNTIME_VARIABLE not in os.environ:
+            sae = load_sae(source)  # finds NaN and truncation now rather than in a worker
+            if calibrated is not None:
+                check_calibration(*calibrated, sae, model.model)
+        calibration = str(calibrated[0]) if calibrated else None
+        sites.append(SiteSettings(layer, pinned(source, info.revision), info, calibration))
     return sorted(sites, key=lambda site: site.layer)
 
 
-def _pinned(source: str, info: SAEInfo) -> str:
-    """A hub address at the commit that was checked here, so that workers load no other."""
-    if info.revision is None:
-        return source
-    return re.sub(r"^(hf://[^/]+/[^/@]+)(@[^/]+)?", rf"\1@{info.revision}", source)
-
-
-def _check_ranking(settings: Settings, info: SAEInfo, calibration: str | None) -> None:
+def _check_ranking(settings: Settings, info: SAEInfo, calibrated: bool) -> None:
     if settings.top_k > info.width:
         raise ConfigError(
             f"top_k is {settings.top_k} but SAE {info.source} has only {info.width} features."
         )
-    if calibration is None and settings.ranking not in (None, "activation"):
+    if not calibrated and settings.ranking not in (None, "activation"):
         raise ConfigError(
             f"ranking {settings.ranking} needs a calibration and SAE {info.source} has none; make"
             " one with `neuroscope calibrate`, or use ranking activation."

@@ -28,6 +28,7 @@ _TENSORS = {
     "topk": ("W_enc", "b_enc", "W_dec", "b_dec"),
     "gated": ("W_enc", "b_gate", "b_mag", "r_mag", "W_dec", "b_dec"),
 }
+FLOATS = frozenset({"float16", "bfloat16", "float32", "float64"} | {"F16", "BF16", "F32", "F64"})
 Reader = Callable[[str], Tensor]
 """Reads one tensor by its name in `_TENSORS`, in the shapes of `SAE`."""
 
@@ -44,8 +45,7 @@ class Header(NamedTuple):
     """A tensor that was not read."""
 
     shape: tuple[int, ...]
-    dtype: str
-    is_float: bool
+    dtype: str  # its name in torch and numpy, or in safetensors
 
 
 class Description(NamedTuple):
@@ -73,7 +73,8 @@ def load_tensors(found: Located, format: Format) -> SAE:
     """Read an SAE whole, in float32 on the CPU.
 
     Raises:
-        SAEError: As `read_info` does, or a tensor is corrupt or holds NaN or infinity.
+        SAEError: As `read_info` does, or a tensor is corrupt, or holds NaN or infinity, as it is
+            stored or as it comes out of folding.
     """
     info, subtract_b_dec, unit_decoder = format.read_info(found)
     with format.open_tensors(found) as read:
@@ -95,7 +96,14 @@ def load_tensors(found: Located, format: Format) -> SAE:
         _normalise_decoder(encoder, b_enc, threshold, decoder)
     if subtract_b_dec:
         b_enc = _fold_b_dec(encoder, b_enc, b_dec)
-    return SAE(encoder.t(), b_enc, threshold, decoder, b_dec, info)
+    sae = SAE(encoder.t(), b_enc, threshold, decoder, b_dec, info)
+    for name in _TENSORS["jumprelu"]:
+        if not _is_finite(getattr(sae, name)):
+            raise SAEError(
+                f"SAE {found.source} holds numbers so large that {name} overflows float32 once its "
+                f"scales are folded in; export it again."
+            )
+    return sae
 
 
 def check_headers(
@@ -122,10 +130,10 @@ def check_headers(
             f"computes something else than a {kind} autoencoder; choose another."
         )
     for name in names:
-        if not headers[name].is_float:
+        if headers[name].dtype not in FLOATS:
             raise SAEError(
                 f"SAE {found.source} stores {name} as {headers[name].dtype}; export it with "
-                f"floating-point tensors."
+                f"floating-point tensors of 16, 32 or 64 bits."
             )
     return _check_shapes(found, {name: headers[name].shape for name in names})
 
@@ -142,7 +150,7 @@ def check_k(found: Located, k: Any, width: int) -> int:
 
 def _check_shapes(found: Located, shapes: dict[str, tuple[int, ...]]) -> tuple[int, int]:
     encoder = shapes.pop("W_enc")
-    if len(encoder) != 2 or 0 in encoder:
+    if len(encoder) != 2 or min(encoder) < 1:
         raise SAEError(
             f"SAE {found.source} has W_enc of shape {list(encoder)}; it must be [d_model, width]."
         )
@@ -159,13 +167,17 @@ def _check_shapes(found: Located, shapes: dict[str, tuple[int, ...]]) -> tuple[i
 
 
 def _finite(found: Located, name: str, tensor: Tensor) -> Tensor:
-    # The extremes show NaN and infinity alike, and unlike isfinite need no temporaries.
-    if not all(math.isfinite(extreme) for extreme in torch.aminmax(tensor)):
+    if not _is_finite(tensor):
         raise SAEError(
             f"SAE {found.source} holds NaN or infinity in {name}, so its features would mean "
             f"nothing; download or export it again."
         )
     return tensor
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    # The extremes show NaN and infinity alike, and unlike isfinite need no temporaries.
+    return all(math.isfinite(extreme) for extreme in torch.aminmax(tensor))
 
 
 def _merge_gate(

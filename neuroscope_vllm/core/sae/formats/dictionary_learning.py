@@ -23,7 +23,14 @@ from neuroscope_vllm.core.sae.formats.base import (
     check_headers,
     check_k,
 )
-from neuroscope_vllm.core.sae.formats.files import read_json, section, text, transposed
+from neuroscope_vllm.core.sae.formats.files import (
+    check_sizes,
+    integer,
+    read_json,
+    section,
+    text,
+    transposed,
+)
 from neuroscope_vllm.core.sae.info import RESID_POST, SAEInfo
 
 _WEIGHTS, _CONFIG = "ae.pt", "config.json"
@@ -92,6 +99,7 @@ def read_info(found: Located) -> Description:
         # One number for all features.
         headers["threshold"] = headers["threshold"]._replace(shape=headers["b_enc"].shape)
     d_model, width = check_headers(found, headers, kind.architecture)
+    check_sizes(found, trainer, {"activation_dim": d_model, "dict_size": width})
     layer, hook_point = _place(found, trainer)
     info = SAEInfo(
         source=found.source,
@@ -113,15 +121,17 @@ def open_tensors(found: Located) -> Iterator[Reader]:
     """A function that reads one tensor by name."""
     trainer, kind = _configuration(found)
     state = _load(found, "cpu")
-    if "k" in state and (k := state["k"].tolist()) != trainer.get("k"):
+    stated = integer(found, trainer, "k")
+    if "k" in state and (k := state["k"].tolist()) != stated:
         raise SAEError(
-            f"SAE {found.source} has k={k} in {_WEIGHTS} but k={trainer.get('k')!r} in {_CONFIG}; "
+            f"SAE {found.source} has k={k} in {_WEIGHTS} but k={stated!r} in {_CONFIG}; "
             f"give files that belong together."
         )
 
     def read(name: str) -> Tensor:
         theirs = kind.names[name]
-        tensor = state.pop(theirs)
+        # A copy: tied weights share memory, and folding works in place.
+        tensor = state.pop(theirs).detach().clone()
         return tensor.t() if theirs in _LINEAR_WEIGHTS else tensor
 
     yield read
@@ -140,15 +150,15 @@ def _configuration(found: Located) -> tuple[dict[str, Any], _Class]:
 
 def _place(found: Located, trainer: dict[str, Any]) -> tuple[int | None, str]:
     """(layer, hook point): the library hooks the output of a layer unless it names another."""
-    layer, module = trainer.get("layer"), text(found, trainer, "submodule_name")
+    layer, module = integer(found, trainer, "layer"), text(found, trainer, "submodule_name")
     if module is None or "resid_post" in module:
         module = RESID_POST
-    return layer if isinstance(layer, int) else None, module
+    return layer, module
 
 
 def _header(ours: str, theirs: str, tensor: Tensor) -> Header:
     dtype = str(tensor.dtype).removeprefix("torch.")
-    header = Header(tuple(tensor.shape), dtype, tensor.is_floating_point())
+    header = Header(tuple(tensor.shape), dtype)
     return transposed(header) if theirs in _LINEAR_WEIGHTS and ours != theirs else header
 
 
@@ -162,14 +172,39 @@ def _load(found: Located, device: str) -> dict[str, Tensor]:
             f"SAE {found.source} is a pickle of more than tensors ({_WEIGHTS}), and pickles can "
             f"run code when opened; save its state_dict alone."
         ) from error
+    except NotImplementedError as error:  # quantized or nested: no such thing on meta
+        raise _not_plain(found, "a tensor") from error
     except Exception as error:  # of any type: bytes that are no pickle can say anything
         raise SAEError(
             f"SAE {found.source} has truncated or corrupt weights "
             f"({' '.join(str(error).split())}); download it again."
         ) from error
-    if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
+    if not isinstance(state, dict) or not all(
+        isinstance(name, str) and isinstance(t, Tensor) for name, t in state.items()
+    ):
         raise SAEError(
             f"SAE {found.source} has an {_WEIGHTS} that is not a state_dict of tensors; save its "
             f"state_dict alone."
         )
+    for name, tensor in state.items():
+        if not _is_stored(tensor, device):
+            raise _not_plain(found, name)
     return state
+
+
+def _is_stored(tensor: Tensor, device: str) -> bool:
+    """Whether a tensor is dense, strided, on the device, and stores each of its numbers."""
+    return (
+        tensor.layout == torch.strided
+        and not (tensor.is_nested or tensor.is_quantized)
+        and tensor.device.type == device
+        and tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.itemsize
+    )
+
+
+def _not_plain(found: Located, name: str) -> SAEError:
+    return SAEError(
+        f"SAE {found.source} has {name} in its {_WEIGHTS} as no plain tensor with all its numbers "
+        f"(it is sparse, nested, quantized, expanded or on no device); save it as a contiguous "
+        f"tensor on the CPU."
+    )

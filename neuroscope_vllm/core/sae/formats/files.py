@@ -45,14 +45,56 @@ def section(found: Located, config: dict[str, Any], name: str) -> dict[str, Any]
     return _typed(found, config, name, dict, "an object") or {}
 
 
-def _typed(found: Located, config: dict[str, Any], name: str, kind: type, says: str) -> Any:
-    value = config.get(name)
-    if value is not None and not isinstance(value, kind):
-        raise SAEError(
-            f"SAE {found.source} has {name}={value!r} in its configuration, which must be {says}; "
-            f"export it again."
-        )
+def integer(found: Located, config: dict[str, Any], name: str) -> int | None:
+    """A setting that is a whole number where it is there. Raises SAEError as `text`."""
+    return _typed(found, config, name, int, "a whole number")
+
+
+def number(found: Located, config: dict[str, Any], name: str) -> float | None:
+    """A setting that is a number where it is there. Raises SAEError as `text`."""
+    return _typed(found, config, name, (int, float), "a number")
+
+
+def flag(found: Located, config: dict[str, Any], name: str, *, default: bool) -> bool:
+    """A setting that is true or false, `default` where it is missing. Raises SAEError as `text`."""
+    value = config.get(name, default)
+    if not isinstance(value, bool):
+        raise _mistyped(found, name, value, "true or false")
     return value
+
+
+def check_sizes(found: Located, config: dict[str, Any], sizes: dict[str, int]) -> None:
+    """Check that a configuration agrees with the tensors.
+
+    Args:
+        sizes: `{setting: the tensors' size}`; a setting that is missing says nothing.
+
+    Raises:
+        SAEError: A setting is another number, or none.
+    """
+    for name, size in sizes.items():
+        if integer(found, config, name) not in (None, size):
+            raise SAEError(
+                f"SAE {found.source} has {name}={config[name]!r} in its configuration but tensors "
+                f"of {size}; give files that belong together."
+            )
+
+
+def _typed(
+    found: Located, config: dict[str, Any], name: str, kind: type | tuple[type, ...], says: str
+) -> Any:
+    value = config.get(name)
+    # A bool is an int to Python, and to no configuration.
+    if value is not None and (isinstance(value, bool) or not isinstance(value, kind)):
+        raise _mistyped(found, name, value, says)
+    return value
+
+
+def _mistyped(found: Located, name: str, value: Any, says: str) -> SAEError:
+    return SAEError(
+        f"SAE {found.source} has {name}={value!r} in its configuration, which must be {says}; "
+        f"export it again."
+    )
 
 
 def place_of(hook: str) -> tuple[int | None, str]:
@@ -88,8 +130,7 @@ def safetensors_headers(file: Any) -> dict[str, Header]:
     headers = {}
     for name in file.keys():  # noqa: SIM118  (safe_open is not a mapping)
         part = file.get_slice(name)
-        dtype = str(part.get_dtype())
-        headers[name] = Header(tuple(part.get_shape()), dtype, dtype.startswith(("F", "BF")))
+        headers[name] = Header(tuple(part.get_shape()), str(part.get_dtype()))
     return headers
 
 
@@ -100,7 +141,8 @@ def transposed(header: Header) -> Header:
 def refuse_settings(found: Located, asked: dict[str, tuple[Any, Any]]) -> None:
     """Raise SAEError for the first of `{setting: (value, the value that is served)}` to differ."""
     for name, (value, served) in asked.items():
-        if value not in (None, served):
+        # 0 == False to Python, but not to a publisher's loader that asks for its type.
+        if value is not None and (type(value) is not type(served) or value != served):
             raise SAEError(
                 f"SAE {found.source} has {name}={value!r}, which is not served; choose one with "
                 f"{served!r}."

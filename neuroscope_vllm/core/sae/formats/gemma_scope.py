@@ -13,6 +13,7 @@ SAELens does:
 
 from __future__ import annotations
 
+import math
 import tokenize
 import zipfile
 import zlib
@@ -37,9 +38,10 @@ from neuroscope_vllm.core.sae.info import RESID_POST, SAEInfo
 
 _DAMAGE = (
     *(zipfile.BadZipFile, zlib.error, NotImplementedError),  # the archive
-    *(ValueError, SyntaxError, tokenize.TokenError),  # numpy parses a header as Python
+    *(ValueError, SyntaxError, tokenize.TokenError, RecursionError),  # a header is parsed as Python
     *(EOFError, OSError, KeyError),
 )
+_DEFLATE_RATIO = 1032  # the most that a byte can expand to
 _READS = {
     "res": RESID_POST,
     "mlp": "blocks.{}.hook_mlp_out",
@@ -107,21 +109,45 @@ def _tensor_name(member: str) -> str:
 def _headers(found: Located) -> dict[str, Header]:
     headers = {}
     with _errors(found), zipfile.ZipFile(found.paths["params.npz"]) as archive:
-        for member in archive.namelist():
-            name = _tensor_name(member)
+        for member in archive.infolist():
+            name = _tensor_name(member.filename)
+            if name in headers:
+                raise SAEError(f"SAE {found.source} holds {name} twice; export it again.")
+            _check_member(found, member)
             with archive.open(member) as file:
                 read = {
                     (1, 0): np.lib.format.read_array_header_1_0,
                     (2, 0): np.lib.format.read_array_header_2_0,
                 }[np.lib.format.read_magic(file)]
                 shape, _, dtype = read(file)
+                stored = member.file_size - file.tell()
             if dtype.hasobject:
                 raise SAEError(
                     f"SAE {found.source} stores {name} as Python objects, which is a pickle, and "
                     f"pickles can run code when opened; export it as plain float arrays."
                 )
-            headers[name] = Header(shape, str(dtype), dtype.kind == "f")
+            if math.prod(shape) * dtype.itemsize != stored:
+                raise SAEError(
+                    f"SAE {found.source} has {name} of shape {list(shape)} as {dtype}, but stores "
+                    f"{stored} bytes of it; download or export it again."
+                )
+            headers[name] = Header(shape, dtype.name)
     return headers
+
+
+def _check_member(found: Located, member: zipfile.ZipInfo) -> None:
+    """Raise SAEError for a member that numpy did not write, or that claims more than it can hold.
+
+    Its size is what numpy would allocate, before it reads a byte.
+    """
+    plain = member.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+    encrypted = bool(member.flag_bits & 1)
+    held = found.paths["params.npz"].stat().st_size
+    if encrypted or not plain or member.file_size > held * _DEFLATE_RATIO:
+        raise SAEError(
+            f"SAE {found.source} holds {member.filename} encrypted, damaged or compressed in a way "
+            f"that numpy does not; export it with numpy's savez."
+        )
 
 
 @contextmanager

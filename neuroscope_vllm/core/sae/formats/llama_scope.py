@@ -26,12 +26,15 @@ from neuroscope_vllm.core.sae.formats.base import (
     check_headers,
 )
 from neuroscope_vllm.core.sae.formats.files import (
+    check_sizes,
+    number,
     open_safetensors,
     place_of,
     read_json,
     read_tensor,
     refuse_settings,
     safetensors_headers,
+    section,
     text,
     transposed,
 )
@@ -72,7 +75,6 @@ def read_info(found: Located) -> Description:
             "use_glu_encoder": (config.get("use_glu_encoder"), False),
         },
     )
-    _scales(found, config)
     reads, writes = text(found, config, "hook_point_in"), text(found, config, "hook_point_out")
     if reads is None:
         raise SAEError(
@@ -81,6 +83,8 @@ def read_info(found: Located) -> Description:
         )
     layer, hook_point = place_of(reads)
     d_model, width = check_headers(found, _headers(found), "jumprelu")
+    check_sizes(found, config, {"d_model": d_model, "d_sae": width})
+    _scales(found, config)
     info = SAEInfo(
         source=found.source,
         revision=found.revision,
@@ -114,23 +118,27 @@ def open_tensors(found: Located) -> Iterator[Reader]:
 
 
 def _scales(found: Located, config: dict[str, Any]) -> _Scales:
-    try:
-        norms = config["dataset_average_activation_norm"]
-        root = math.sqrt(config["d_model"])
-        scales = _Scales(
-            float(config["jump_relu_threshold"]), root / norms["in"], root / norms["out"]
-        )
-    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+    norms = section(found, config, "dataset_average_activation_norm")
+    d_model = number(found, config, "d_model")
+    threshold = number(found, config, "jump_relu_threshold")
+    norm_in, norm_out = number(found, norms, "in"), number(found, norms, "out")
+    if d_model is None or threshold is None or norm_in is None or norm_out is None:
         raise SAEError(
-            f"SAE {found.source} lacks a threshold or a dataset norm in its {_CONFIG} "
-            f"({error!r}); download it again."
-        ) from error
-    if not all(map(math.isfinite, scales)) or min(scales[1:]) <= 0:
+            f"SAE {found.source} lacks d_model, a threshold or a dataset norm in its {_CONFIG}; "
+            f"download it again."
+        )
+    # Python reads NaN, infinity and integers beyond any float from JSON.
+    tiny, largest = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
+    if not (
+        abs(threshold) < largest
+        and all(tiny < value < largest for value in (d_model, norm_in, norm_out))
+    ):
         raise SAEError(
             f"SAE {found.source} has a threshold or dataset norm that is no positive number in its "
             f"{_CONFIG}; download it again."
         )
-    return scales
+    root = math.sqrt(d_model)
+    return _Scales(float(threshold), root / norm_in, root / norm_out)
 
 
 def _headers(found: Located) -> dict[str, Header]:

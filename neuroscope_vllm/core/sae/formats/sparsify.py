@@ -13,7 +13,6 @@ from pathlib import PurePath
 
 from torch import Tensor
 
-from neuroscope_vllm.core.errors import SAEError
 from neuroscope_vllm.core.sae.formats.base import (
     Description,
     Header,
@@ -23,6 +22,9 @@ from neuroscope_vllm.core.sae.formats.base import (
     check_k,
 )
 from neuroscope_vllm.core.sae.formats.files import (
+    check_sizes,
+    flag,
+    integer,
     open_safetensors,
     place_of,
     read_json,
@@ -55,12 +57,14 @@ def read_info(found: Located) -> Description:
         },
     )
     d_model, width = check_headers(found, _headers(found), "topk")
-    if config.get("d_in", d_model) != d_model:
-        raise SAEError(
-            f"SAE {found.source} has d_in={config['d_in']!r} in its cfg.json but an encoder of "
-            f"{d_model} inputs; give files that belong together."
+    check_sizes(found, config, {"d_in": d_model})
+    if integer(found, config, "num_latents"):  # 0: as many as expansion_factor says
+        check_sizes(found, config, {"num_latents": width})
+    elif factor := integer(found, config, "expansion_factor"):
+        check_sizes(
+            found, {"expansion_factor * d_in": factor * d_model}, {"expansion_factor * d_in": width}
         )
-    transcodes = bool(config.get("transcode"))
+    transcodes = flag(found, config, "transcode", default=False)
     layer, hook_point, output_point = _place(found, transcodes)
     info = SAEInfo(
         source=found.source,
