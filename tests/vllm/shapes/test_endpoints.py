@@ -108,5 +108,6 @@ def test_tokens_in_tokens_out(api: Api, stream: bool, detokenize: bool) -> None:
     api.check_events(events, f"generate-tokens-{name}", 0, [*prompt, *generated])
     text = "".join(e["token"] for e in events if e["event"] == "token")
     given = {"tokens": generated, "model": "tiny"}
-    if "\ufffd" not in text:
-        assert text == api.post("/detokenize", given).json()["prompt"]
+    whole = api.post("/detokenize", given).json()["prompt"]
+    if "\ufffd" not in whole:  # half a character at the end is no text yet, here as in vLLM
+        assert text == whole
