@@ -172,7 +172,7 @@ def _load(found: Located, device: str) -> dict[str, Tensor]:
             f"SAE {found.source} is a pickle of more than tensors ({_WEIGHTS}), and pickles can "
             f"run code when opened; save its state_dict alone."
         ) from error
-    except NotImplementedError as error:  # quantized or nested: no such thing on meta
+    except NotImplementedError as error:  # torch's, of quantized and nested tensors on meta
         raise _not_plain(found, "a tensor") from error
     except Exception as error:  # of any type: bytes that are no pickle can say anything
         raise SAEError(

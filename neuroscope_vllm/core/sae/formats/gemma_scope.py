@@ -37,7 +37,8 @@ from neuroscope_vllm.core.sae.formats.base import (
 from neuroscope_vllm.core.sae.info import RESID_POST, SAEInfo
 
 _DAMAGE = (
-    *(zipfile.BadZipFile, zlib.error, NotImplementedError),  # the archive
+    *(zipfile.BadZipFile, zlib.error),  # the archive
+    NotImplementedError,  # zipfile's, of a compression it does not know
     *(ValueError, SyntaxError, tokenize.TokenError, RecursionError),  # a header is parsed as Python
     *(EOFError, OSError, KeyError),
 )
