@@ -9,8 +9,8 @@ from neuroscope_vllm.core.sharing.package import Manifest, labels_path
 
 _INTRODUCTION = """# Sparse-autoencoder features: calibrations and labels
 
-Made by neuroscope-vllm, which streams the features of every token that vLLM serves. To use it with a
-model:
+Made by neuroscope-vllm, which streams the features of every token that vLLM serves. To use it
+with a model:
 
 ```bash
 neuroscope pull MODEL --from {repo}
