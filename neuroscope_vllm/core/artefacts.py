@@ -1,10 +1,11 @@
-"""Where what was made about an SAE lies: its calibration, and its labels. Torch-free.
+"""Where what was made about an SAE lies: its calibration, labels and examples. Torch-free.
 
-What ships with an SAE lies beside it; what `calibrate`, `label` and `pull` make lies in the data
-folder and comes first:
+What ships with an SAE lies beside it; what `calibrate`, `collect`, `label` and `pull` make lies in
+the data folder and comes first:
 
     <home>/calibration.safetensors
     <home>/labels/<labeller>.jsonl
+    <home>/examples/*.parquet
 """
 
 from __future__ import annotations
@@ -62,6 +63,10 @@ def sae_folder(source: str) -> Path:
 
 def calibration_name(sae_input: str = "raw") -> str:
     return CALIBRATION if sae_input == "raw" else f"calibration-{sae_input}.safetensors"
+
+
+def examples_name(sae_input: str = "raw") -> str:
+    return "examples" if sae_input == "raw" else f"examples-{sae_input}"
 
 
 def find_calibration(source: str, sae_input: str = "raw") -> Path | None:

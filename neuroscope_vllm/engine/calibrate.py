@@ -1,50 +1,29 @@
-"""A corpus through an engine, chunk by chunk, into one calibration a layer.
-
-A chunk is the unit of work: its sequences always run together, and chunks are added in the order of
-the corpus, each with a checkpoint. So a run that was killed and resumed ends with the same bits as
-one that was not.
-"""
+"""Calibration of every observed layer of an engine, on a corpus."""
 
 from __future__ import annotations
 
-import datetime
-from collections.abc import Callable, Iterator
-from itertools import islice
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 
-from neuroscope_vllm.core.artefacts import pinned, write_whole
-from neuroscope_vllm.core.calibration import SINK_MULTIPLE, Calibration
-from neuroscope_vllm.core.corpus import Corpus, digest, samples
+from neuroscope_vllm.core.artefacts import write_whole
+from neuroscope_vllm.core.calibration import Calibration
+from neuroscope_vllm.core.corpus import Corpus
 from neuroscope_vllm.core.errors import ConfigError
 from neuroscope_vllm.core.passes import CalibrationPass
+from neuroscope_vllm.engine.corpus_run import Done, describe, run_corpus, saes, today
 from neuroscope_vllm.engine.protocol import Engine
 
-CHUNK = 64
-"""Sequences a chunk."""
 
-
-class Checkpoint(msgspec.Struct, kw_only=True):
+class Checkpoint(Done, kw_only=True):
     """What is done of a run, as msgpack in one file.
 
     Attributes:
-        run: What is being calibrated on what; another run's checkpoint is refused.
-        created: ISO date of the start.
-        chunks, sequences, tokens: Done so far, special tokens included.
-        corpus: Digest of the sequences so far.
-        sink_norm: The cut of each layer.
         layers: Calibrations so far (`Calibration.to_bytes`).
     """
 
-    run: str
-    created: str
-    chunks: int = 0
-    sequences: int = 0
-    tokens: int = 0
-    corpus: str = ""
-    sink_norm: dict[int, float] = {}
-    layers: dict[int, bytes] = {}
+    layers: dict[int, bytes] = msgspec.field(default_factory=dict)
 
 
 def calibrate(
@@ -68,22 +47,11 @@ def calibrate(
             run's or of another corpus.
         EngineError: The engine failed.
     """
-    done, total = _resumed(checkpoint, _describe(engine, corpus), restart)
+    done, total = _resumed(checkpoint, describe(engine, corpus), restart)
     on_progress(done)
-    seen = ""
-    chunks = _chunks(corpus, engine)
-    for chunk in islice(chunks, done.chunks):
-        seen = digest(chunk, seen)
-    if seen != done.corpus:
-        raise ConfigError(
-            f"{checkpoint} was begun on other text than {corpus.source} now holds; begin anew with"
-            " --restart."
-        )
-    for chunk in chunks:
-        seen = digest(chunk, seen)
-        if not done.sink_norm:
-            done.sink_norm = _sink_norms(engine, corpus, chunk)
-        results = engine.run(_pass(engine, corpus, done), chunk)
+    for _, results in run_corpus(
+        engine, corpus, done, lambda: _pass(engine, corpus, done), checkpoint
+    ):
         for layer, result in results.items():
             part = CalibrationPass.read(result)
             before = total.get(layer)
@@ -93,10 +61,6 @@ def calibrate(
                     " anew with --restart."
                 )
             total[layer] = before.merge(part) if before else part
-        done.chunks += 1
-        done.sequences += len(chunk)
-        done.tokens += sum(map(len, chunk))
-        done.corpus = seen
         done.layers = {layer: part.to_bytes() for layer, part in total.items()}
         write_whole(checkpoint, msgspec.msgpack.encode(done))
         on_progress(done)
@@ -108,46 +72,22 @@ def calibrate(
     return total, done
 
 
-def _chunks(corpus: Corpus, engine: Engine) -> Iterator[list[list[int]]]:
-    sequences = samples(corpus, engine.tokenizer)
-    while chunk := list(islice(sequences, CHUNK)):
-        yield chunk
-
-
-def _sink_norms(engine: Engine, corpus: Corpus, chunk: list[list[int]]) -> dict[int, float]:
-    """The cut of each layer, from the norms of the first chunk, sinks and all."""
-    results = engine.run(_pass(engine, corpus, None), chunk)
-    return {
-        layer: SINK_MULTIPLE * CalibrationPass.read(result).median_norm or float("inf")
-        for layer, result in results.items()
-    }
-
-
-def _pass(engine: Engine, corpus: Corpus, done: Checkpoint | None) -> CalibrationPass:
+def _pass(engine: Engine, corpus: Corpus, done: Done) -> CalibrationPass:
     return CalibrationPass(
         special_ids=sorted(engine.tokenizer.all_special_ids),
-        sink_norm=done.sink_norm if done else {},
-        sae=_saes(engine),
+        sink_norm=done.sink_norm,
+        sae=saes(engine),
         sae_input=engine.sae_input,
         model=engine.model,
         corpus=corpus.describe(),
-        created=done.created if done else "",
+        created=done.created,
     )
-
-
-def _saes(engine: Engine) -> dict[int, str]:
-    return {layer: pinned(info.source, info.revision) for layer, info in engine.sites.items()}
-
-
-def _describe(engine: Engine, corpus: Corpus) -> str:
-    return f"{engine.model}, {engine.identity}, {engine.sae_input}, {_saes(engine)}, {corpus}"
 
 
 def _resumed(path: Path, run: str, restart: bool) -> tuple[Checkpoint, dict[int, Calibration]]:
     """What is done, and the calibrations in it."""
-    today = datetime.datetime.now(datetime.UTC).date().isoformat()
     if restart or not path.exists():
-        return Checkpoint(run=run, created=today), {}
+        return Checkpoint(run=run, created=today()), {}
     try:
         found = msgspec.msgpack.decode(path.read_bytes(), type=Checkpoint)
         layers = {layer: Calibration.from_bytes(data) for layer, data in found.layers.items()}

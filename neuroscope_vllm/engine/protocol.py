@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 from neuroscope_vllm.core.passes import Pass
 from neuroscope_vllm.core.sae.info import SAEInfo
+
+Chunk = Sequence[Sequence[int]]
+"""Token sequences that run together."""
 
 
 class Engine(Protocol):
@@ -29,7 +32,7 @@ class Engine(Protocol):
     max_tokens: int
     tokenizer: Any
 
-    def run(self, what: Pass, sequences: Sequence[Sequence[int]]) -> dict[int, bytes]:
+    def run(self, what: Pass, sequences: Chunk) -> dict[int, bytes]:
         """Run each sequence through the model once, from position 0, and gather `what`.
 
         Every token's row is seen exactly once. The same sequences in the same order give the same
@@ -44,6 +47,18 @@ class Engine(Protocol):
 
         Raises:
             EngineError: The engine failed. What earlier runs returned stands.
+        """
+        ...
+
+    def run_each(
+        self, what: Callable[[], Pass], chunks: Iterable[Chunk]
+    ) -> Iterator[dict[int, bytes]]:
+        """`run` of one chunk after another; results in their order.
+
+        Args:
+            what: Called when a chunk is about to run, which may be before the results of those
+                before it are there.
+            chunks: Taken as they are needed.
         """
         ...
 

@@ -26,7 +26,8 @@ from neuroscope_vllm.cli.demo import demo_model, demo_sae
 from neuroscope_vllm.cli.main import main
 from neuroscope_vllm.core.artefacts import DATA_VARIABLE, home, only_writer
 from neuroscope_vllm.core.calibration import Calibration, edges
-from neuroscope_vllm.engine.calibrate import CHUNK, Checkpoint
+from neuroscope_vllm.engine.calibrate import Checkpoint
+from neuroscope_vllm.engine.corpus_run import CHUNK
 from tests.core.test_calibration import assert_equal
 from tests.support import models
 from tests.support.hf_hub import HubServer

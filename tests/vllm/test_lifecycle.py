@@ -46,10 +46,10 @@ def is_back(served: Served, killed: psutil.Process) -> bool:
     return [p.pid for p in side_processes(served)] not in ([], [killed.pid])
 
 
-def worker_process(served: Served) -> psutil.Process:
-    """The process that runs the model."""
-    (worker,) = [p for p, words in family(served) if "Worker" in " ".join(words)]
-    return worker
+def scheduler_process(served: Served) -> psutil.Process:
+    """The process that hands out the steps; the model runs in a child of it."""
+    (core,) = [p for p, words in family(served) if "EngineCore" in " ".join(words)]
+    return core
 
 
 def chat(served: Served, request_id: str, url: str | None = None, max_tokens: int = 4) -> str:
@@ -144,24 +144,19 @@ def test_a_running_chat_goes_on_in_the_stream_of_the_new_side_process(served: Se
         events = response.json()["choices"][0]["events"]
         return sum(e["event"] == "token" and e["features_at"] == "self" for e in events) > 5
 
-    # Paused, so that it can not end before the new side process is there and the worker has found
-    # it, on whatever machine.
-    worker = worker_process(served)
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(chat, served, "survivor", None, 900)
         wait_until(has_features)
-        worker.suspend()
+        # No step runs before the new side process is there and the worker has found it, on
+        # whatever machine.
+        scheduler = scheduler_process(served)
+        scheduler.suspend()
         try:
             side.kill()
             wait_until(lambda: is_back(served, side))
-            wait_until(lambda: httpx.get(trace_url, timeout=20).status_code == 200)
+            served.wait_ready(f"{served.features}/health", timeout=20)
         finally:
-            worker.resume()
-        while not has_features():
-            worker.suspend()
-            time.sleep(0.3)
-            worker.resume()
-            time.sleep(0.03)
+            scheduler.resume()
         text = running.result(120)
     (trace,) = served.trace("chatcmpl-survivor")
     tokens = [e for e in trace["events"] if e["event"] == "token"]

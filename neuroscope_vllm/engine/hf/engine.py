@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from neuroscope_vllm.core.sae import check_fits, load_sae
 from neuroscope_vllm.core.sae.info import SAEInfo
 from neuroscope_vllm.core.sae.observed import named, observed
 from neuroscope_vllm.engine.hf.oracle import Oracle
+from neuroscope_vllm.engine.protocol import Chunk
 
 
 class HFEngine:
@@ -45,7 +46,7 @@ class HFEngine:
         self.max_tokens = self._oracle.max_tokens
         self.tokenizer: Any = self._oracle.tokenizer
 
-    def run(self, what: Pass, sequences: Sequence[Sequence[int]]) -> dict[int, bytes]:
+    def run(self, what: Pass, sequences: Chunk) -> dict[int, bytes]:
         gatherers = {layer: what.gather(layer, sae) for layer, sae in self._saes.items()}
         for number, sequence in enumerate(sequences):
             token_id = torch.tensor(list(sequence))
@@ -54,6 +55,11 @@ class HFEngine:
                 which = torch.full_like(position, number)
                 gatherers[layer].add(Rows(which, position, token_id, residual))
         return {layer: gatherer.result() for layer, gatherer in gatherers.items()}
+
+    def run_each(
+        self, what: Callable[[], Pass], chunks: Iterable[Chunk]
+    ) -> Iterator[dict[int, bytes]]:
+        return (self.run(what(), chunk) for chunk in chunks)
 
     def close(self) -> None:
         del self._oracle, self._saes

@@ -6,7 +6,7 @@ The layers above the last observed one are not built: nothing of them reaches th
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import msgspec
@@ -26,6 +26,7 @@ from neuroscope_vllm.core.config import Settings, settings_dict
 from neuroscope_vllm.core.errors import ConfigError, EngineError, NeuroscopeError
 from neuroscope_vllm.core.passes import Pass
 from neuroscope_vllm.core.sae.observed import named, observed
+from neuroscope_vllm.engine.protocol import Chunk
 from neuroscope_vllm.engine.vllm import front
 from neuroscope_vllm.engine.vllm.passes import BEGIN_RPC, END_RPC
 from neuroscope_vllm.engine.vllm.self_test import SelfTestFailed
@@ -90,7 +91,7 @@ class VLLMEngine:
         self.max_tokens: int = self._llm.model_config.max_model_len - 1  # one is generated
         self.tokenizer: Any = self._llm.get_tokenizer()
 
-    def run(self, what: Pass, sequences: Sequence[Sequence[int]]) -> dict[int, bytes]:
+    def run(self, what: Pass, sequences: Chunk) -> dict[int, bytes]:
         prompts = [TokensPrompt(prompt_token_ids=list(sequence)) for sequence in sequences]
         once = SamplingParams(max_tokens=1, temperature=0.0, detokenize=False)
         try:
@@ -112,6 +113,11 @@ class VLLMEngine:
                     " flags that make it skip or repeat some."
                 )
         return {layer: result for _, found in results for layer, result in found.items()}
+
+    def run_each(
+        self, what: Callable[[], Pass], chunks: Iterable[Chunk]
+    ) -> Iterator[dict[int, bytes]]:
+        return (self.run(what(), chunk) for chunk in chunks)
 
     def close(self) -> None:
         self._llm.llm_engine.engine_core.shutdown()
