@@ -144,7 +144,7 @@ class ExampleStore:
         groups = np.flatnonzero((low <= feature) & (feature <= high))
         rows: list[dict[str, Any]] = []
         for group in map(self._group, groups.tolist()):
-            rows += group.filter(pc.equal(group["feature"], feature)).to_pylist()
+            rows += group.filter(pc.field("feature") == feature).to_pylist()
         return msgspec.convert(rows, list[Example])
 
     def _read(self, name: str) -> list[dict[str, Any]]:
