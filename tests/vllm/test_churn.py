@@ -60,7 +60,7 @@ DRAFTS = (
     ' "prompt_lookup_min": 1}'
 )
 MODES = {
-    "v1": Mode("gemma2", EAGER, requests=200, longest=400, kv_tokens=2400),
+    "v1": Mode("gemma2", EAGER, requests=200, longest=200, kv_tokens=1200),
     "v2": Mode(
         "gemma2", EAGER, env=V2_ON_CPU,
         requests=24, longest=100, kv_tokens=512, runner="v2",

@@ -1,7 +1,7 @@
 """Eight concurrent chats: each stream holds exactly its own tokens, and each token's features
 equal what HF transformers and SAELens compute for the same text, in float32.
 
-Run on the V1 runner, eager and compiled, and on the V2 runner under Triton's interpreter.
+Run on the V1 runner, compiled, and on the V2 runner under Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ CHATS = 8
 # Chunked prefill in 64-token steps, so that prompts arrive in pieces beside running decodes.
 CHUNKED = ("--max-num-batched-tokens", "64", "--max-num-seqs", "8", "--no-enable-prefix-caching")
 MODES: dict[str, tuple[str, tuple[str, ...], dict[str, str]]] = {
-    "v1-eager": ("gemma2", ("--enforce-eager",), {}),
     "v1-compiled": ("llama", (), {}),
     "v2": ("gemma2", ("--enforce-eager",), V2_ON_CPU),
 }
