@@ -75,12 +75,10 @@ class Oracle:
             into.sinks += 1
             return faults + ["features of a sink"] * bool(event["top_features"])
         last = float(row.topk(max(len(event["top_features"]), 1)).values[-1])
-        # The model's roundings move an activation by a share of the residual's norm.
-        floor = max(1.0, norm / 20)
-        slack = self.tolerance * max(last, floor)
+        slack = self.tolerance * max(last, 1.0)
         for feature in event["top_features"]:
             want = float(row[feature["index"]])
-            error = abs(feature["activation"] - want) / max(abs(want), floor)
+            error = abs(feature["activation"] - want) / max(abs(want), 1.0)
             into.worst_relative_error = max(into.worst_relative_error, error)
             # Features closer to each other than the tolerance may trade the last place.
             if error > self.tolerance or want < last - slack:

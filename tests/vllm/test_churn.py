@@ -53,6 +53,9 @@ class Mode:
 SINK_NORMS = {"gemma2": {20: 61.0}, "llama": {5: 6.9, 20: 16.5}}
 """Residual norms above these are called sinks here: about one in seven."""
 
+TOLERANCE = 2e-3
+"""vLLM's own kernels on a CPU round one row in ten thousand of the random Gemma 2 by 1e-3."""
+
 EAGER = ("--enforce-eager",)
 TWO_CORES = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
 DRAFTS = (
@@ -235,7 +238,7 @@ def test_everything_once_in_order_with_its_own_features(
     capsys: pytest.CaptureFixture[str],
     request: pytest.FixtureRequest,
 ) -> None:
-    oracle = Oracle(model, saes, SINK_NORMS[mode.family])
+    oracle = Oracle(model, saes, SINK_NORMS[mode.family], TOLERANCE)
     compared, faults, counts = Comparison(), [], Counter[str]()
     for sent in outcome.sent:
         for choice in outcome.traces[sent.id]:
