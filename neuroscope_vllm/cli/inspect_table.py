@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from neuroscope_vllm.core.events import Feature
-from neuroscope_vllm.core.inspection.record import Inspection, Token
+from neuroscope_vllm.core.inspection.record import Inspection, Token, Tracked
 from neuroscope_vllm.core.labels import clean_label
 
 PART = "·"
@@ -50,8 +50,7 @@ def print_tables(records: Iterable[Inspection], headings: Iterable[str]) -> None
                 )
             console.print(table)
             for feature in tracked:
-                label = clean_label(feature.label or "(no label)")
-                console.print(Text(f"[{feature.index}] {label}"))
+                console.print(Text(f"[{feature.index}] {_label(feature)}"))
 
 
 def _strongest(token: Token, most: float) -> Text:
@@ -65,7 +64,12 @@ def _line(feature: Feature, most: float) -> Text:
     style = next((style for least, style in STYLES if share >= least), "")
     line = Text(f"{feature.activation:7.3g} ", style=style)
     line.append(f"[{feature.index}] ", style="dim")
-    return line.append(clean_label(feature.label or "(no label)"), style=style)
+    return line.append(_label(feature), style=style)
+
+
+def _label(feature: Feature | Tracked) -> str:
+    label = clean_label(feature.label or "(no label)")
+    return f"{label} (unreliable)" if feature.unreliable else label
 
 
 def printable(text: str) -> str:

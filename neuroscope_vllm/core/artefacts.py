@@ -5,6 +5,7 @@ the data folder and comes first:
 
     <home>/calibration.safetensors
     <home>/labels/<labeller>.jsonl
+    <home>/scores/<labeller>.jsonl
     <home>/examples/*.parquet
 """
 
@@ -100,6 +101,11 @@ def labels_file(source: str, labeller: str) -> Path:
             f"labeller {labeller!r} can not name a file; use letters, digits, and . _ + -."
         )
     return home(source) / "labels" / f"{labeller}.jsonl"
+
+
+def scores_file(source: str, labeller: str) -> Path:
+    """Where the answers are kept that a labeller's scores rest on. Raises ConfigError as above."""
+    return home(source) / "scores" / labels_file(source, labeller).name
 
 
 @contextmanager

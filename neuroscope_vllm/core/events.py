@@ -20,6 +20,8 @@ class Feature(msgspec.Struct, omit_defaults=True, gc=False):
     score: float
     dense: bool = False
     """It fires on more than a tenth of all tokens, so it says little about this one."""
+    unreliable: bool = False
+    """The label scored little better than chance."""
 
 
 class RequestEvent(msgspec.Struct, omit_defaults=True, gc=False):

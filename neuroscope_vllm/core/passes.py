@@ -7,7 +7,7 @@ record that can be sent, makes its gatherer there (`gather`) and reads its resul
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import msgspec
 import torch
@@ -18,12 +18,16 @@ from neuroscope_vllm.core.calibration import Calibration
 from neuroscope_vllm.core.sae.sae import SAE
 from neuroscope_vllm.core.sae.sparse import Firings, decode_sparse, encode_sparse
 
+if TYPE_CHECKING:
+    from neuroscope_vllm.core.examples.gather import Gathered
+
 
 class Rows(NamedTuple):
     """Rows of one layer, of one or more sequences, in any order.
 
     Attributes:
-        sequence: int64 [n], number of the sequence in its run, on the CPU.
+        sequence: int64 [n], number of the sequence, on the CPU. Ascends in the order of a run, from
+            any number.
         position: int64 [n], likewise.
         token_id: int64 [n], likewise.
         residual: [n, d_model], any float dtype, on the engine's device.
@@ -159,4 +163,50 @@ class _Listing:
         return save(listed._asdict())
 
 
-Pass = CalibrationPass | FeaturePass
+class Floors(msgspec.Struct, frozen=True, kw_only=True):
+    """What need not be sent, since as good is there already.
+
+    Attributes:
+        activation: float32 [width], as bytes; weaker tokens are none of a feature's strongest.
+        ident: uint64 [width], likewise; tokens with a larger ident are not in its sample.
+        context: Those with a larger ident are not kept.
+    """
+
+    activation: bytes
+    ident: bytes
+    context: int
+
+
+class ExamplesPass(msgspec.Struct, frozen=True, kw_only=True, tag="examples"):
+    """Examples of every feature; see `examples.gather`.
+
+    Attributes:
+        special_ids: Tokens left out of everything but contexts.
+        sink_norm: Rows above this norm are, likewise.
+        before, after: Tokens of context on either side of an example's own.
+        top, sample: Strongest tokens, and uniformly sampled ones, of a feature.
+        floors: By layer. They save work and change nothing in what is kept in the end, so they may
+            be out of date.
+    """
+
+    special_ids: list[int]
+    sink_norm: dict[int, float]
+    before: int
+    after: int
+    top: int
+    sample: int
+    floors: dict[int, Floors] = {}
+
+    def gather(self, layer: int, sae: SAE) -> Gatherer:
+        from neuroscope_vllm.core.examples.gather import GatheringExamples
+
+        return GatheringExamples(self, layer, sae)
+
+    @staticmethod
+    def read(result: bytes) -> Gathered:
+        from neuroscope_vllm.core.examples.gather import Gathered
+
+        return Gathered.from_bytes(result)
+
+
+Pass = CalibrationPass | FeaturePass | ExamplesPass

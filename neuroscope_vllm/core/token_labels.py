@@ -5,7 +5,8 @@ those that its decoder direction promotes, as in
 
     “Paris”, “Rome”, “city” → “of”, “,”
 
-`TopExamples` gathers the first from a corpus pass, on the CPU; the second come from the weights.
+`label_by_tokens` takes the first from what `collect` gathered; `TopExamples` gathers them from any
+stream of activations, on the CPU. The second come from the weights.
 """
 
 from __future__ import annotations
@@ -13,14 +14,24 @@ from __future__ import annotations
 import math
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from neuroscope_vllm.core.autointerp.explain import choose_examples
+from neuroscope_vllm.core.errors import ConfigError
+from neuroscope_vllm.core.examples import ExampleStore
+from neuroscope_vllm.core.examples.records import TOP
+from neuroscope_vllm.core.labels import Label
+from neuroscope_vllm.core.sae import load_sae
+from neuroscope_vllm.core.unembedding import read_unembedding
+
 LABELLER = "tokens"
 METHOD = "top tokens and promoted tokens"
+READ_METHOD = "top tokens"
 
 READ_TOKENS, WRITTEN_TOKENS = 3, 2
 _SPECIAL = re.compile(r"<unused\d+>|<\|.*\|>|<0x[0-9A-F]{2}>|</?s>|<(pad|bos|eos|unk|mask)>")
@@ -159,3 +170,53 @@ def readable(token: str) -> str:
     if "\ufffd" in text or any(unicodedata.category(char)[0] == "C" for char in text):
         return ""
     return "" if _SPECIAL.fullmatch(text) else text
+
+
+def label_by_tokens(
+    store: ExampleStore, sae: str, features: Sequence[int], model: Path | None, created: str
+) -> list[Label]:
+    """The `tokens` labels of features, those left out that have no readable token.
+
+    Args:
+        sae: Its path or address.
+        model: The model's folder, to see which tokens features promote; None: only what they read.
+        created: ISO date.
+
+    Raises:
+        ConfigError: The model can not be read, or is of another size.
+    """
+    written = _promoted(sae, features, model) if model is not None else [[] for _ in features]
+    labels = []
+    for feature, promoted in zip(features, written, strict=True):
+        strongest = [e for e in choose_examples(store, feature) if e.kind == TOP]
+        text = compose_label(((e.tokens[e.at], e.activation) for e in strongest), promoted)
+        if text:
+            labels.append(
+                Label(
+                    index=feature,
+                    text=text,
+                    labeller=LABELLER,
+                    method=METHOD if model is not None else READ_METHOD,
+                    created=created,
+                    examples=len(strongest),
+                )
+            )
+    return labels
+
+
+def _promoted(sae: str, features: Sequence[int], model: Path) -> list[list[str]]:
+    """The texts of the tokens that each feature promotes."""
+    if not features:
+        return []
+    weight, gain, tokenizer = read_unembedding(model)
+    directions = load_sae(sae).W_dec
+    if directions.shape[1] != weight.shape[1]:
+        raise ConfigError(
+            f"model {model} is {weight.shape[1]} wide and the SAE reads {directions.shape[1]}; "
+            f"give the model that it was trained on."
+        )
+    chosen = directions[list(features)].float() * gain
+    return [
+        [tokenizer.decode([token]) for token in tokens]
+        for tokens in promoted_tokens(chosen, weight.float())
+    ]

@@ -76,6 +76,7 @@ class Hub:
         self.join = Join(self.prefixes)
         self._stages = Stages()
         self._label_texts: dict[int, dict[int, str]] = {}
+        self._unreliable: dict[int, frozenset[int]] = {}
         self._open: dict[str, _Open] = {}
         self._everything: set[AllRequests] = set()
         self._by_name: dict[str, set[OneRequest]] = {}
@@ -167,7 +168,9 @@ class Hub:
         if internal_id in self._open:
             self.counters["requests_started_twice"] += 1
             return
-        narrator = Narrator(started, self.model, self.label_of, self.senders.dense, self.tokenizer)
+        narrator = Narrator(
+            started, self.model, self.label_of, self.unreliable, self.senders.dense, self.tokenizer
+        )
         trace = Trace(internal_id, started.request_id, started.choice, started.created)
         self.traces.open(trace)
         for name in trace.aliases:
@@ -311,11 +314,22 @@ class Hub:
     def set_labels(self, labels: dict[int, list[LabelSet]]) -> None:
         """Label sets by layer; of a layer's sets the first that knows a feature names it."""
         self.labels = labels
-        self._label_texts = {
-            layer: {label.index: label.text for one in reversed(sets) for label in one}
+        shown = {
+            layer: {label.index: label for one in reversed(sets) for label in one}
             for layer, sets in labels.items()
+        }
+        self._label_texts = {
+            layer: {index: label.text for index, label in of.items()} for layer, of in shown.items()
+        }
+        self._unreliable = {
+            layer: frozenset(index for index, label in of.items() if label.unreliable)
+            for layer, of in shown.items()
         }
 
     def label_of(self, layer: int, index: int) -> str | None:
         texts = self._label_texts.get(layer)
         return None if texts is None else texts.get(index)
+
+    def unreliable(self, layer: int) -> frozenset[int]:
+        """Features of a layer whose label, the one that `label_of` gives, is unreliable."""
+        return self._unreliable.get(layer, frozenset())

@@ -30,6 +30,8 @@ class Narrator:
     started: wire.RequestStarted
     model: str
     label_of: LabelOf
+    unreliable_of: Callable[[int], frozenset[int]]
+    """Features of a layer whose label is unreliable."""
     dense_of: Callable[[int], frozenset[int]]
     """Dense features of a layer."""
     tokenizer: Tokenizer | None
@@ -143,9 +145,11 @@ class Narrator:
 
     def _features(self, rows: LayerRows, row: int) -> list[events.Feature]:
         label_of, layer = self.label_of, rows.layer
-        dense = self.dense_of(layer)
+        dense, doubted = self.dense_of(layer), self.unreliable_of(layer)
         return [
-            events.Feature(index, label_of(layer, index), activation, score, index in dense)
+            events.Feature(
+                index, label_of(layer, index), activation, score, index in dense, index in doubted
+            )
             for index, activation, score in zip(
                 rows.index[row], rows.activation[row], rows.score[row], strict=True
             )

@@ -348,3 +348,14 @@ def test_labels_of_the_data_folder_are_found(
     labels = {f["label"] for token in one["tokens"] for f in token["top_features"]}
     assert labels
     assert all(label.startswith("better") for label in labels)
+    assert not any("unreliable" in f for token in one["tokens"] for f in token["top_features"])
+    # An unreliable labeller comes last: it names what the SAE's own labels do not, odd features.
+    LabelSet("scored", [Label(i, "doubtful", "scored", score=0.5) for i in range(512)]).save(path)
+    words = ("hello world", *here, "--feature", "1")
+    (again,) = records(*words, **data)
+    doubted = [f for token in again["tokens"] for f in token["top_features"]]
+    assert all(f.get("unreliable", False) is (f["label"] == "doubtful") for f in doubted)
+    assert {f["label"] == "doubtful" for f in doubted} == {True, False}
+    assert again["features"][0]["unreliable"] is True
+    _, table, _ = inspect(*words, **data, COLUMNS="200")
+    assert "doubtful (unreliable)" in table

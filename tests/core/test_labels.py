@@ -216,6 +216,14 @@ def test_a_score_below_the_line_is_unreliable_and_none_is_unscored() -> None:
         "created": None,
         "examples": None,
         "author": None,
+        "detection": None,
+        "fuzzing": None,
+        "scorer": None,
+        "scored_on": None,
+        "scoring": None,
+        "positives": None,
+        "negatives": None,
+        "unreliable": False,
     }
 
 
@@ -314,6 +322,8 @@ GOOD = '{"index": 1, "text": "a", "labeller": "me"}\n'
         ),
         ('{"index": 1, "text": "a", "labeller": "m\x7fe"}', "line 1 .*unprintable characters"),
         ('{"index": 1, "text": "a", "labeller": "me", "examples": -2}', "has -2 examples"),
+        ('{"index": 1, "text": "a", "labeller": "me", "fuzzing": -0.1}', "has fuzzing -0.1; sco"),
+        ('{"index": 1, "text": "a", "labeller": "me", "negatives": -1}', "has -1 negatives"),
         (GOOD + "\n[1, 2]", "line 3 of .* is not a label"),
         (GOOD + '{"ind\n' + GOOD, "line 2 of .* is not a label"),
         ("\n", "holds no labels; `neuroscope labels"),

@@ -19,7 +19,19 @@ def test_csv_gives_back_what_it_was_given(tmp_path: Path) -> None:
             Label(
                 7, '=1+2, "quoted"; naïve 漢', "me", 0.25, "fuzz", "gpt", "2026-01-02", 20, "ann"
             ),
-            Label(2, "dogs", "me"),
+            Label(
+                2,
+                "dogs",
+                "me",
+                0.7,
+                detection=0.8,
+                fuzzing=0.6,
+                scorer="m",
+                scored_on="2026-02-03",
+                scoring="detection@1:2 fuzzing@3:2",
+                positives=20,
+                negatives=19,
+            ),
         ],
     )
     file = tmp_path / "x.csv"

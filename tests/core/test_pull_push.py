@@ -350,6 +350,24 @@ def test_the_same_labels_are_the_same_bytes() -> None:
     assert labels_to_parquet(labels) == labels_to_parquet(labels)
 
 
+def test_scores_travel_with_labels(tmp_path: Path) -> None:
+    scored = Label(
+        3,
+        "dogs",
+        "alice",
+        0.7,
+        detection=0.8,
+        fuzzing=0.6,
+        scorer="gpt",
+        scored_on="2026-02-03",
+        scoring="detection@1:2",
+        positives=20,
+        negatives=19,
+    )
+    (tmp_path / "x.parquet").write_bytes(labels_to_parquet(LabelSet("alice", [scored])))
+    assert list(labels_from_parquet(tmp_path / "x.parquet", "alice", 9, tmp_path)) == [scored]
+
+
 def test_two_pushes_at_once_lose_nothing(hub: HubServer) -> None:  # noqa: F811
     push(DATASET, SAES[:1], license="mit")
     hub.before_commit = lambda: hub.commit(DATASET, {"x": b""}, repo_type="dataset")

@@ -38,12 +38,12 @@ def words(layer: int) -> list[Token]:
     cat, dog = (
         Feature(7, "animals <b>bold</b>", activation, activation / 2) for activation in (8.0, 4.0)
     )
-    the = Feature(9, HOSTILE, 2.0, 1.0)
+    the = Feature(9, HOSTILE, 2.0, 1.0, unreliable=True)
     some = (cat, dog, the) if layer == 20 else (Feature(1, "else", 1.0, 1.0),) * 3
     return [
         token(0, "<bos>", layer, special=True, l0=None, features_at=None),
         token(1, "The", layer, some[2]),
-        token(2, " cat", layer, some[0], Feature(9, HOSTILE, 1.0, 0.5)),
+        token(2, " cat", layer, some[0], Feature(9, HOSTILE, 1.0, 0.5, unreliable=True)),
         token(3, "\n", layer),
         token(4, "", layer, l0=None, features_at=None),
         token(5, "😀", layer, sink=True),
@@ -90,6 +90,7 @@ def test_the_data_is_inert_and_nothing_is_loaded() -> None:
     assert not [a for _, attrs in parsed.found for a in attrs if a.startswith("on")]
     data = json.loads(parsed.scripts[0])
     assert data["texts"][0]["tokens"][7][1] == HOSTILE
+    assert data["unreliable"] == {"3": [9], "20": [9]}
     policy = next(a["content"] for n, a in parsed.found if "http-equiv" in a)
     assert policy is not None
     assert policy.startswith("default-src 'none'; script-src 'sha256-")
@@ -177,6 +178,18 @@ def test_a_chosen_feature_colours_all_texts_and_lists_where_it_fires(page: Page)
     assert focused(page) == " dog"
     click(page, "#clear")
     assert levels(page)[2] == 1
+
+
+@needs_browser
+def test_unreliable_labels_are_marked(page: Page) -> None:
+    select_layer_20(page)
+    click(page, ".t", 2)
+    assert text_of(page, "#features li").startswith("animals <b>bold</b>\n")
+    assert page.run("document.querySelectorAll('#features .doubt').length") == 1
+    assert text_of(page, "#features .doubt") == f"{HOSTILE} ?"
+    assert "little better than chance" in page.run("document.querySelector('.doubt').title")
+    click(page, "#features button", 1)
+    assert text_of(page, "#colour").endswith(f"feature 9, {HOSTILE} (unreliable label)")
 
 
 @needs_browser

@@ -13,7 +13,8 @@ from neuroscope_vllm.core.config import Settings
 from neuroscope_vllm.core.errors import ConfigError
 from neuroscope_vllm.core.labels import Label, LabelSet
 from neuroscope_vllm.engine.fake import FakeEngine, Script
-from tests.server.side import Side
+from tests.server.side import Side, wait_until
+from tests.support.browser import CHROMIUM, opened
 
 
 def test_labels(side: Side, engine: FakeEngine):
@@ -41,7 +42,16 @@ def test_labels(side: Side, engine: FakeEngine):
         "created": None,
         "examples": None,
         "author": None,
+        "detection": None,
+        "fuzzing": None,
+        "scorer": None,
+        "scored_on": None,
+        "scoring": None,
+        "positives": None,
+        "negatives": None,
+        "unreliable": False,
     }
+    assert [one["unreliable"] for one in everything["data"]] == [False, True, False]
     both = side.get("/v1/features/labels?index=9&q=capital").json()
     assert [one["index"] for one in both["data"]] == [9]
     missing = side.get("/v1/features/labels?labeller=nobody")
@@ -74,7 +84,7 @@ def test_the_first_labeller_that_knows_a_feature_names_it(
     scored = [
         Label(i, f"scored {i}", "scored", 0.9, examples=20, author="ann") for i in range(8192)
     ]
-    tokens = [Label(i, f"tokens {i}", "tokens") for i in range(16384)]
+    tokens = [Label(i, f"tokens {i}", "tokens", 0.7 - 0.2 * (i < 2000)) for i in range(16384)]
     sae = tmp_path / "sae"
     LabelSet("scored", scored).save(sae / "labels" / "scored.jsonl")
     LabelSet("tokens", tokens).save(sae / "labels" / "tokens.jsonl")
@@ -86,7 +96,10 @@ def test_the_first_labeller_that_knows_a_feature_names_it(
         engine.run("two", list(range(0, 520, 13)), [1])
         side.wait_done("two")
         events = [event for event in side.read("two") if event["event"] == "prompt"]
-    shown = {one["index"]: one["label"] for event in events for one in event["top_features"]}
+    features = [one for event in events for one in event["top_features"]]
+    shown = {one["index"]: one["label"] for one in features}
+    # That the other labeller's label of the same feature is unreliable is no one's business.
+    assert not any("unreliable" in one for one in features)
     assert {index < 8192 for index in shown} == {True, False}
     for index, label in shown.items():
         assert label == (f"scored {index}" if index < 8192 else f"tokens {index}")
@@ -105,6 +118,8 @@ def test_events_carry_labels(side: Side, engine: FakeEngine):
     side.wait_done("labelled")
     prompt = side.read("labelled")[1]
     assert prompt["top_features"][0]["label"] == "rivers and lakes"
+    assert prompt["top_features"][0]["unreliable"] is True  # it scored 0.5
+    assert all("unreliable" not in feature for feature in prompt["top_features"][1:])
     assert prompt["sink"] is True
 
 
@@ -160,6 +175,22 @@ def test_the_page_allows_nothing_but_itself(side: Side):
     assert "http" not in policy
     assert "://" not in answer.text
     assert " on" + "click=" not in answer.text
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+def test_the_page_marks_unreliable_labels(side: Side, engine: FakeEngine, tmp_path: Path):
+    token = next(t for t in range(16384) if (t * 31 + 20 + 7) % 16384 == 7)  # at position 1
+    with opened(f"{side.base}/", tmp_path / "profile") as page:
+        engine.run("doubted", [11, token], [1, 2])
+        side.wait_done("doubted")
+        wait_until(lambda: page.run("document.querySelectorAll('.t').length") >= 4)
+        page.run("document.querySelectorAll('.t')[1].click()")
+        found = (
+            "[...document.querySelectorAll('#features .doubt')].map(e => [e.textContent, e.title])"
+        )
+        assert page.run(found) == [
+            ["rivers and lakes ?", "unreliable: this label scored little better than chance"]
+        ]
 
 
 def test_docs_and_version(side: Side):

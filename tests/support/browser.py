@@ -97,8 +97,8 @@ class Page:
 
 
 @contextmanager
-def opened(file: Path, profile: Path) -> Iterator[Page]:
-    """A file in a browser of its own. `profile` is an empty folder."""
+def opened(file: Path | str, profile: Path) -> Iterator[Page]:
+    """A file or an address in a browser of its own. `profile` is an empty folder."""
     assert CHROMIUM is not None
     their_read, our_write = os.pipe()
     our_read, their_write = os.pipe()
@@ -114,7 +114,7 @@ def opened(file: Path, profile: Path) -> Iterator[Page]:
     os.close(their_write)
     page = Page(our_write, our_read)
     try:
-        page.open(file.as_uri())
+        page.open(file.as_uri() if isinstance(file, Path) else file)
         yield page
     finally:
         child.terminate()

@@ -11,7 +11,7 @@ from neuroscope_vllm.core.config import Settings
 from neuroscope_vllm.core.errors import ConfigError
 from neuroscope_vllm.core.events import Feature
 from neuroscope_vllm.core.inspection.record import Site, Token, Tracked
-from neuroscope_vllm.core.labels import LabelSet
+from neuroscope_vllm.core.labels import Label, LabelSet
 from neuroscope_vllm.core.passes import TokenFeatures
 from neuroscope_vllm.core.ranking import make_ranker
 from neuroscope_vllm.core.sae.info import SAEInfo
@@ -117,8 +117,13 @@ class Inspector:
         activations = [
             None if token.special or token.sink else at.get(token.position, 0.0) for token in tokens
         ]
+        label = self._label(index)
         return Tracked(
-            layer=self.site.layer, index=index, label=self._label(index), activations=activations
+            layer=self.site.layer,
+            index=index,
+            label=label and label.text,
+            activations=activations,
+            unreliable=label is not None and label.unreliable,
         )
 
     def _special_and_sinks(self, listed: TokenFeatures) -> tuple[Tensor, Tensor]:
@@ -134,14 +139,17 @@ class Inspector:
             listed.feature[shown].tolist(),
             *map(_shortest, (listed.activation[shown], score[shown])),
         )
-        return [
-            Feature(index, self._label(index), activation, points)
-            for index, activation, points in zip(*columns, strict=True)
-        ]
+        return [self._feature(*found) for found in zip(*columns, strict=True)]
 
-    def _label(self, index: int) -> str | None:
+    def _feature(self, index: int, activation: float, points: float) -> Feature:
+        label = self._label(index)
+        if label is None:
+            return Feature(index, None, activation, points)
+        return Feature(index, label.text, activation, points, unreliable=label.unreliable)
+
+    def _label(self, index: int) -> Label | None:
         found = (labels.get(index) for labels in self._labels)
-        return next((label.text for label in found if label is not None), None)
+        return next((label for label in found if label is not None), None)
 
 
 def _shortest(values: Tensor) -> list[float]:

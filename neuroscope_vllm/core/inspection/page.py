@@ -1,21 +1,14 @@
-"""Texts with coloured tokens as one HTML file, which asks the network for nothing.
-
-The page's own script reads the data from a JSON element, and puts it in the document as text only.
-"""
+"""Texts with coloured tokens as one HTML file, which asks the network for nothing."""
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import re
 from collections.abc import Iterable, Sequence
-from importlib import resources
 from typing import Any
 
 import msgspec
 
+from neuroscope_vllm.core.html_page import filled
 from neuroscope_vllm.core.inspection.record import Firings, Token, Tracked
-from neuroscope_vllm.core.json_text import to_json
 
 
 class PageText(msgspec.Struct, kw_only=True):
@@ -50,11 +43,9 @@ def trace_page(title: str, about: Sequence[str], texts: Sequence[PageText]) -> s
         "layers": sorted({token.layer for text in texts for token in text.tokens}),
         "texts": [_text(text, labels) for text in texts],
         "labels": labels,
+        "unreliable": _unreliable(texts),
     }
-    template = resources.files("neuroscope_vllm.core.inspection").joinpath("page.html").read_text()
-    for name, value in (("POLICY", _policy(template)), ("DATA", _inert(data))):
-        template = template.replace(f"[[{name}]]", value, 1)
-    return template
+    return filled("neuroscope_vllm.core.inspection", "page.html", data)
 
 
 def _text(text: PageText, labels: dict[int, dict[int, str]]) -> dict[str, Any]:
@@ -89,6 +80,18 @@ def _text(text: PageText, labels: dict[int, dict[int, str]]) -> dict[str, Any]:
     }
 
 
+def _unreliable(texts: Iterable[PageText]) -> dict[int, list[int]]:
+    """By layer, the features whose label is."""
+    found: dict[int, set[int]] = {}
+    for text in texts:
+        tops = ((token.layer, f) for token in text.tokens for f in token.top_features)
+        asked = ((feature.layer, feature) for feature in text.features)
+        for layer, feature in (*tops, *asked):
+            if feature.unreliable:
+                found.setdefault(layer, set()).add(feature.index)
+    return {layer: sorted(indices) for layer, indices in found.items()}
+
+
 def _firings(
     text: PageText, layer: int, tokens: Iterable[Token]
 ) -> dict[int, list[tuple[int, float]]]:
@@ -103,24 +106,3 @@ def _firings(
         for feature in token.top_features:
             found.setdefault(feature.index, []).append((i, feature.activation))
     return found
-
-
-def _inert(data: dict[str, Any]) -> str:
-    """JSON that no HTML parser finds an end, a comment or an element in."""
-    return to_json(data).replace("<", "\\u003c")
-
-
-def _policy(html: str) -> str:
-    """Allows the page's own script and style, and nothing else."""
-    script, style = (_hash(html, tag) for tag in ("script", "style"))
-    return (
-        f"default-src 'none'; script-src {script}; style-src {style}; base-uri 'none';"
-        " form-action 'none'"
-    )
-
-
-def _hash(html: str, tag: str) -> str:
-    match = re.search(rf"<{tag}>(.*?)</{tag}>", html, re.DOTALL)
-    assert match is not None, tag
-    digest = hashlib.sha256(match[1].encode()).digest()
-    return f"'sha256-{base64.b64encode(digest).decode()}'"

@@ -50,17 +50,19 @@ class Site(msgspec.Struct, kw_only=True):
     top_k: int
 
 
-class Tracked(msgspec.Struct, kw_only=True):
+class Tracked(msgspec.Struct, kw_only=True, omit_defaults=True):
     """A feature that was asked for, on every token, whatever its rank.
 
     Attributes:
         activations: By position; 0 where it is inactive, None on sinks and special tokens.
+        unreliable: The label scored little better than chance.
     """
 
     layer: int
     index: int
     label: str | None
     activations: list[float | None]
+    unreliable: bool = False
 
 
 class Inspection(msgspec.Struct, kw_only=True):

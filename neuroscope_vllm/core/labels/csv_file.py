@@ -49,9 +49,7 @@ def to_csv(labels: LabelSet) -> str:
     text = io.StringIO()
     writer = csv.DictWriter(text, FIELDS, lineterminator="\n")
     writer.writeheader()
-    writer.writerows(
-        {name: _inert(value) for name, value in label.to_dict().items()} for label in labels
-    )
+    writer.writerows({name: _inert(getattr(label, name)) for name in FIELDS} for label in labels)
     return text.getvalue()
 
 

@@ -38,11 +38,17 @@ class Label(msgspec.Struct, frozen=True, omit_defaults=True):
         text: At most MAX_LABEL_CHARS, one line.
         labeller: Namespace: who wrote it.
         score: How well it predicts the feature, 0 to 1; None: unscored.
-        method: How it was made and scored.
+        method: How it was made.
         model: Model that wrote it.
         created: ISO date.
         examples: How many examples of the feature its writer saw.
         author: Who published it, where that is not the labeller.
+        detection, fuzzing: Class-balanced accuracies by which `neuroscope score` found the score.
+        scorer: Model that judged.
+        scored_on: ISO date.
+        scoring: How it was scored: `detection@` and `fuzzing@`, each with a digest of the prompt,
+            the examples and their number.
+        positives, negatives: How many texts were judged, of those where it fires and of others.
     """
 
     index: int
@@ -54,14 +60,22 @@ class Label(msgspec.Struct, frozen=True, omit_defaults=True):
     created: str | None = None
     examples: int | None = None
     author: str | None = None
+    detection: float | None = None
+    fuzzing: float | None = None
+    scorer: str | None = None
+    scored_on: str | None = None
+    scoring: str | None = None
+    positives: int | None = None
+    negatives: int | None = None
 
     @property
     def unreliable(self) -> bool:
         return self.score is not None and self.score < RELIABLE_SCORE
 
     def to_dict(self) -> dict[str, Any]:
-        """Every field, those that are not known as None: how labels are sent to readers."""
-        return msgspec.structs.asdict(self)
+        """Every field, those that are not known as None, and `unreliable`: how labels are sent to
+        readers."""
+        return {**msgspec.structs.asdict(self), "unreliable": self.unreliable}
 
 
 class Summary(msgspec.Struct, frozen=True):
@@ -280,6 +294,8 @@ def clean_label(text: str, limit: int = MAX_LABEL_CHARS) -> str:
 _JOINERS = "\u200c\u200d"
 _EDGES = _JOINERS + " "
 
+_PROVENANCE = ("method", "model", "created", "author", "scorer", "scored_on", "scoring")
+
 _decode = msgspec.json.Decoder(Label).decode
 
 
@@ -287,7 +303,7 @@ def _cleaned(label: Label) -> Label:
     """Provenance is the same for thousands of labels: one string serves them all."""
     provenance = {
         name: sys.intern(clean_label(value))
-        for name in ("method", "model", "created", "author")
+        for name in _PROVENANCE
         if (value := getattr(label, name)) is not None
     }
     return msgspec.structs.replace(
@@ -327,7 +343,9 @@ def _check(path: str | Path, number: int, label: Label) -> None:
         raise ConfigError(f"{where} names no labeller; fill in labeller.")
     if label.labeller != clean_label(label.labeller):
         raise ConfigError(f"{where} names a labeller with unprintable characters; rename it.")
-    if label.score is not None and not 0 <= label.score <= 1:
-        raise ConfigError(f"{where} has score {label.score}; scores lie between 0 and 1.")
-    if label.examples is not None and label.examples < 0:
-        raise ConfigError(f"{where} has {label.examples} examples; leave examples out.")
+    for name in ("score", "detection", "fuzzing"):
+        if (value := getattr(label, name)) is not None and not 0 <= value <= 1:
+            raise ConfigError(f"{where} has {name} {value}; scores lie between 0 and 1.")
+    for name in ("examples", "positives", "negatives"):
+        if (count := getattr(label, name)) is not None and count < 0:
+            raise ConfigError(f"{where} has {count} {name}; leave {name} out.")

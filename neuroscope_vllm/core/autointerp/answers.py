@@ -1,0 +1,36 @@
+"""What a model wrote, as the JSON object it was asked for. Torch-free."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+
+def json_object(text: str) -> dict[str, Any] | None:
+    """The JSON object in a text: all of it, or between thoughts, fences and remarks; else None."""
+    answer = text.rpartition("</think>")[2]
+    for candidate in (answer, answer[answer.find("{") : answer.rfind("}") + 1]):
+        try:
+            return msgspec.json.decode(candidate, type=dict[str, Any])
+        except (msgspec.DecodeError, UnicodeEncodeError):
+            continue
+    return None
+
+
+def misfit(text: str, content: dict[str, Any] | None, schema: dict[str, Any]) -> str | None:
+    """What is wrong with an answer, in words; None if it fits the schema."""
+    from jsonschema import Draft202012Validator
+    from jsonschema.exceptions import best_match
+
+    if not text.strip():
+        return "the answer is empty"
+    if content is None:
+        return "the answer is not JSON"
+    error = best_match(Draft202012Validator(schema).iter_errors(content))
+    if error is None:
+        return None
+    where = ".".join(map(str, error.absolute_path)) or "it"
+    return (
+        f"the answer breaks the schema ({where}: {error.validator} {error.validator_value!r:.60})"
+    )
