@@ -130,7 +130,8 @@ class Reconstruction:
         x = x.double()
         self.num_rows += len(x)
         self.num_firings += num_firings
-        self.squared_error += float((x - decoded).square_().sum())
+        # By columns first: torch splits a sum of everything among threads, and rounds by how many.
+        self.squared_error += float((x - decoded).square_().sum(dim=0).cpu().sum())
         self.total += x.sum(dim=0).cpu()
         self.total_square += x.square_().sum(dim=0).cpu()
 

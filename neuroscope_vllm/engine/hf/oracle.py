@@ -81,6 +81,13 @@ class Oracle:
         return found
 
 
+def load_tokenizer(model: str) -> Any:
+    """The tokenizer of a model, a folder or hub id, as transformers reads it."""
+    import transformers
+
+    return transformers.AutoTokenizer.from_pretrained(model)
+
+
 def load_whole(model: str) -> tuple[Any, Any]:
     """A causal language model, float32 on the CPU with eager attention, and its tokenizer.
 
@@ -102,7 +109,7 @@ def load_whole(model: str) -> tuple[Any, Any]:
                 # Others leave out Gemma 2's soft capping.
                 attn_implementation="eager",
             )
-            tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+            tokenizer = load_tokenizer(model)
     # What a broken folder raises is not documented, and differs by what is broken.
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

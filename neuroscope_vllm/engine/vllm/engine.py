@@ -54,7 +54,7 @@ class VLLMEngine:
             ConfigError, SAEError, DownloadError: Something does not fit; one sentence says what.
             EngineError: vLLM did not start.
         """
-        arguments = _parse(model, vllm_flags)
+        arguments = parse_flags(model, vllm_flags)
         if arguments.data_parallel_size > 1:
             raise ConfigError("a corpus pass runs on one engine; leave --data-parallel-size out.")
         arguments.enable_prefix_caching = False  # a cached row would not run
@@ -123,7 +123,8 @@ class VLLMEngine:
         self._llm.llm_engine.engine_core.shutdown()
 
 
-def _parse(model: str, vllm_flags: Sequence[str]) -> EngineArgs:
+def parse_flags(model: str, vllm_flags: Sequence[str]) -> EngineArgs:
+    """What `vllm serve` makes of its flags."""
     parser = EngineArgs.add_cli_args(FlexibleArgumentParser(prog="vllm"))
     given: Any = parser.parse_args(["--model", model, *vllm_flags])
     return EngineArgs.from_cli_args(given)

@@ -1,0 +1,53 @@
+"""Which engine is asked for, as a record that can be sent to the process that opens it."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Literal
+
+import msgspec
+
+from neuroscope_vllm.core.config import Settings
+from neuroscope_vllm.core.errors import EngineError
+
+if TYPE_CHECKING:
+    from neuroscope_vllm.engine.protocol import Engine
+
+Backend = Literal["vllm", "transformers"]
+
+
+class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """What an engine is made from.
+
+    Attributes:
+        model: Folder or hub id.
+        settings: SAEs, layers and `sae_input`.
+        backend: What runs the model.
+        max_tokens: Longest sequence to be run; None: as long as fits.
+        vllm_flags: As for `vllm serve`.
+    """
+
+    model: str
+    settings: Settings
+    backend: Backend = "vllm"
+    max_tokens: int | None = None
+    vllm_flags: tuple[str, ...] = ()
+
+    def open(self) -> Engine:
+        """Load it in this process. Raises NeuroscopeError, one sentence."""
+        if self.backend == "transformers":
+            # Before torch is loaded: threads that spin while they wait for each other slow a
+            # machine that others use too to a sixth.
+            os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+            from neuroscope_vllm.engine.hf.engine import HFEngine
+
+            return HFEngine(self.model, self.settings)
+        try:
+            from neuroscope_vllm.engine.vllm.engine import VLLMEngine
+        except ImportError as error:
+            raise EngineError(
+                f"vLLM can not be imported ({error}); install 'neuroscope-vllm[vllm]' on a CUDA"
+                " machine or 'neuroscope-vllm[cpu]' on a CPU, or use --backend transformers."
+            ) from None
+        return VLLMEngine(self.model, self.settings, self.max_tokens, self.vllm_flags)
