@@ -42,7 +42,7 @@ else
   "$venv/bin/python" -m neuroscope_vllm.engine.vllm.compat >&2
 fi
 case ",$extras," in *,dev,*)
-  # Outside encoders to agree with. Their dependencies are trainers, and GPU builds of torch.
-  pip install -q --no-deps eai-sparsify==1.3.3 dictionary-learning==0.1.0 ;;
+  # Outside encoders and scores to agree with. Their dependencies are trainers, and GPU builds of torch.
+  pip install -q --no-deps eai-sparsify==1.3.3 dictionary-learning==0.1.0 eai-delphi==0.1.3 ;;
 esac
 touch "$stamp"

@@ -7,7 +7,9 @@ from typing import Any
 
 import click
 
+from neuroscope_vllm.cli.corpus_options import corpus_flags, in_a_sentence, take_corpus
 from neuroscope_vllm.cli.demo import VLLM_FLAGS, demo_model, demo_sae
+from neuroscope_vllm.cli.engines import DEMO, chosen, sae_flags
 from neuroscope_vllm.cli.options import neuroscope_flags, settings_from
 from neuroscope_vllm.cli.ranking_quality import command as ranking
 
@@ -72,6 +74,38 @@ def encode(width: int, rows: int, d_model: int, as_json: bool) -> None:
     from neuroscope_vllm.cli.encode_cost import measure, table
 
     report = measure(width, rows, d_model)
+    if as_json:
+        click.echo(json.dumps(report))
+    else:
+        table(report)
+
+
+@command.command("corpus", epilog="Everything after -- goes to vLLM.")
+@click.argument("model", required=False)
+@click.argument("vllm_flags", nargs=-1, type=click.UNPROCESSED)
+@sae_flags
+@corpus_flags(samples=300)
+@click.option("--rounds", default=7, show_default=True, type=click.IntRange(1))
+@click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")
+def corpus(
+    model: str | None,
+    vllm_flags: tuple[str, ...],
+    rounds: int,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """How fast `collect` reads a corpus.
+
+    Against vLLM's own prefill of the whole model, and against a loop over transformers and SAELens
+    that is cut off at the same layer: on the same samples and cores, in turn. SAELens has to be
+    installed, and to read the SAE.
+    """
+    from neuroscope_vllm.cli.corpus_speed import compare, table
+
+    with in_a_sentence():
+        read = take_corpus(options)
+        model, settings = chosen(model or DEMO, options)
+        report = compare(model, settings, read, rounds, vllm_flags)
     if as_json:
         click.echo(json.dumps(report))
     else:

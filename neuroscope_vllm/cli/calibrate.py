@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from neuroscope_vllm.cli.corpus_options import (
+    CORPUS_HELP,
+    corpus_flags,
+    in_a_sentence,
+    print_results,
+    take_corpus,
+)
 from neuroscope_vllm.cli.engines import engine_flags, open_engine, writable
+from neuroscope_vllm.cli.progress import progress
 from neuroscope_vllm.cli.supervise import console
 from neuroscope_vllm.core import artefacts
-from neuroscope_vllm.core.errors import NeuroscopeError
 
 if TYPE_CHECKING:
     from neuroscope_vllm.core.calibration import Calibration
@@ -22,7 +28,7 @@ if TYPE_CHECKING:
 
 FEW_TOKENS = 10_000
 
-HELP = """Measure how often and how strongly each feature fires on ordinary text.
+HELP = f"""Measure how often and how strongly each feature fires on ordinary text.
 
 Runs a corpus through the model, by default 1,000 samples of WikiText-103, and writes one
 calibration for each SAE. Rankings (`zscore`, `tail`, `quantile`) need it, and attention sinks are
@@ -31,72 +37,23 @@ recognised by it. A server finds it by itself. Special tokens and sinks are left
 A run that was stopped, or killed, goes on where it was when the same command is given again, and
 ends with the same result.
 
-CORPUS is a .txt (paragraphs), .jsonl or .parquet file, a folder of them, or a dataset of the
-Hugging Face hub, with a column `text`, `messages` (chats) or `token_ids`.
+{CORPUS_HELP}
 """
 
 
 @click.command("calibrate", help=HELP, epilog="Everything after -- goes to vLLM untouched.")
 @engine_flags
-@click.option("--corpus", "source", help="Text to read (Salesforce/wikitext).", metavar="CORPUS")
-@click.option("--subset", help="Configuration of a hub dataset (wikitext-103-raw-v1).")
-@click.option("--split", default="train", show_default=True, help="Split of a hub dataset.")
-@click.option("--revision", help="Commit, tag or branch of a hub dataset.")
-@click.option("--column", help="Column to read (token_ids, messages or text, as there is).")
-@click.option("--samples", default=1000, show_default=True, type=click.IntRange(1))
-@click.option(
-    "--max-tokens",
-    default=256,
-    show_default=True,
-    type=click.IntRange(16),
-    help="Longest sample; longer rows give several.",
-)
+@corpus_flags(samples=1000)
 @click.option("--output", type=click.Path(path_type=Path), help="File to write, of one SAE.")
 @click.option("--restart", is_flag=True, help="Begin anew, whatever a stopped run left.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
-def command(
-    source: str | None,
-    output: Path | None,
-    restart: bool,
-    as_json: bool,
-    max_tokens: int,
-    subset: str | None,
-    split: str,
-    revision: str | None,
-    column: str | None,
-    samples: int,
-    **engine_options: Any,
-) -> None:
-    from neuroscope_vllm.core.corpus import WIKITEXT, Corpus, check
-
-    corpus = Corpus(
-        source=source or WIKITEXT,
-        subset=subset,
-        split=split,
-        column=column,
-        revision=revision,
-        samples=samples,
-        max_tokens=max_tokens,
-    )
-    try:
-        check(corpus)
-        engine = open_engine(max_tokens=max_tokens, **engine_options)
+def command(output: Path | None, restart: bool, as_json: bool, **options: Any) -> None:
+    with in_a_sentence():
+        corpus = take_corpus(options)
+        engine = open_engine(max_tokens=corpus.max_tokens, **options)
         with contextlib.closing(engine):
             found = _run(engine, corpus, output, restart)
-    except NeuroscopeError as error:
-        raise click.ClickException(str(error)) from None
-    except OSError as error:
-        raise click.ClickException(
-            f"{error.filename or 'the result'} can not be written ({error.strerror}); what is done"
-            " is kept, so mend that and give the same command again."
-        ) from None
-    except KeyboardInterrupt:
-        console.print("neuroscope: stopped; give the same command again to go on")
-        raise click.exceptions.Exit(130) from None
-    if as_json:
-        click.echo(json.dumps(found))
-    else:
-        _print_table(found)
+    print_results(found, "calibrated", as_json)
 
 
 def _run(
@@ -116,7 +73,7 @@ def _run(
     with contextlib.ExitStack() as guards:
         for path in paths.values():
             guards.enter_context(artefacts.only_writer(path))
-        with _progress(corpus.samples) as report:
+        with progress(corpus.samples) as report:
             total, done = calibrate(engine, corpus, checkpoint, restart=restart, on_progress=report)
         for layer, calibration in total.items():
             _save(calibration, paths[layer])
@@ -141,39 +98,6 @@ def _save(calibration: Calibration, path: Path) -> None:
     calibration.save(path)
 
 
-@contextlib.contextmanager
-def _progress(samples: int) -> Any:
-    """A bar with tokens/s and the time left; yields what to call with each checkpoint."""
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (
-        TextColumn("samples"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"),
-        TimeRemainingColumn(),
-    )
-    began: list[tuple[float, int]] = []
-    with Progress(*columns, console=console) as bar:
-        task = bar.add_task("", total=samples, rate="")
-
-        def report(done: Checkpoint) -> None:
-            now = bar.get_time()
-            if not began:
-                began.append((now, done.tokens))
-            since, before = began[0]
-            rate = f"{(done.tokens - before) / (now - since):,.0f} tokens/s" if now > since else ""
-            bar.update(task, completed=done.sequences, rate=rate)
-
-        yield report
-
-
 def _summary(layer: int, calibration: Calibration, done: Checkpoint, path: Path) -> dict[str, Any]:
     frequency = calibration.frequency
     rebuilt = calibration.reconstruction
@@ -195,24 +119,3 @@ def _summary(layer: int, calibration: Calibration, done: Checkpoint, path: Path)
         "dense_features": len(calibration.dense),
         "path": str(path),
     }
-
-
-def _print_table(found: list[dict[str, Any]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(show_header=False, title="calibrated")
-    table.add_column()
-    for _ in found:
-        table.add_column(overflow="fold")
-    for name in found[0]:
-        shown = (
-            f"{v:,.4g}"
-            if isinstance(v := one[name], float)
-            else f"{v:,}"
-            if isinstance(v, int)
-            else v
-            for one in found
-        )
-        table.add_row(name.replace("_", " "), *shown)
-    Console().print(table)

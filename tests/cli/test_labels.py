@@ -174,6 +174,9 @@ def test_labels_are_listed_searched_and_shown_with_where_they_come_from(tmp_path
                 "created": "2026-01-02",
                 "examples": 20,
                 "author": "ann",
+                **dict.fromkeys(("detection", "fuzzing", "scorer", "scored_on", "scoring")),
+                **dict.fromkeys(("positives", "negatives")),
+                "unreliable": False,
             }
         ]
     }
