@@ -94,7 +94,7 @@ def command(
         raise click.ClickException(str(error)) from None
     except OSError as error:
         raise click.ClickException(
-            f"{error.filename or 'a file'} can not be used: {error.strerror}."
+            f"{error.filename or 'a file'} can not be used: {error.strerror or error}."
         ) from None
     except KeyboardInterrupt:
         console.print("neuroscope: stopped; give the same command again to go on")

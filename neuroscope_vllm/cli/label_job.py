@@ -226,7 +226,7 @@ class Job:
                 with Journal(path) as journal:
                     yield journal, wanted, already, path
             finally:
-                if path.stat().st_size == 0:
+                if path.exists() and path.stat().st_size == 0:
                     path.unlink()
 
     def _wanted(self, path: Path) -> tuple[list[int], int]:

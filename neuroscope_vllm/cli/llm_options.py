@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import math
 import re
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 import click
 
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
     from neuroscope_vllm.core.examples import ExampleStore
 
 DEFAULT_MODEL = "deepseek/deepseek-v3.2"
+QUICKLY_READ = 2**30
+"""Bytes of weights, of the disk or of the memory."""
 
 _USD = click.FloatRange(min=0, max=1e9)
 _OPTIONS = [
@@ -82,6 +86,12 @@ def open_llm(
         base_url = (base_url or ANTHROPIC).rstrip("/").removesuffix("/v1")
     elif base_url is None:
         base_url, model = OPENROUTER, model or DEFAULT_MODEL
+    if not _is_address(base_url):
+        raise click.UsageError(
+            f"--base-url {base_url} is no address as in http://127.0.0.1:8080/v1."
+        )
+    if math.isnan(timeout):
+        raise click.UsageError("--timeout nan is no number of seconds.")
     llm = LLM(
         model=model or "",
         provider="anthropic" if provider == "anthropic" else "openai",
@@ -92,6 +102,14 @@ def open_llm(
         max_cost=max_cost,
     )
     return check(asyncio.run(look_up(llm)))
+
+
+def _is_address(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False
 
 
 def given_price(llm_options: dict[str, Any]) -> Price | None:
@@ -123,7 +141,11 @@ def feature_list(given: str | None) -> list[int] | None:
 
 
 def open_examples(source: str) -> ExampleStore:
-    """What `collect` kept for an SAE. Raises ConfigError."""
+    """What `collect` kept for an SAE.
+
+    Raises:
+        ConfigError: There is nothing, or it is of other weights than the SAE has now.
+    """
     from neuroscope_vllm.core.errors import ConfigError
     from neuroscope_vllm.core.examples import ExampleStore, find_examples
 
@@ -132,7 +154,29 @@ def open_examples(source: str) -> ExampleStore:
         raise ConfigError(
             f"there are no examples of {source} to show; gather them with `neuroscope collect`."
         )
-    return ExampleStore(folder)
+    store = ExampleStore(folder)
+    if _digest(source) not in (None, store.collection.sae_digest):
+        raise ConfigError(
+            f"examples {folder} were collected with other weights than SAE {source} has now; "
+            f"gather them again with `neuroscope collect`."
+        )
+    return store
+
+
+def _digest(source: str) -> str | None:
+    """Of an SAE's weights, where they are on this disk and quickly read."""
+    from neuroscope_vllm.core.artefacts import sae_folder
+
+    files = [] if source.startswith("hf://") else sae_folder(source).rglob("*")
+    if not 0 < sum(path.stat().st_size for path in files if path.is_file()) <= QUICKLY_READ:
+        return None
+    from neuroscope_vllm.core.errors import SAEError
+    from neuroscope_vllm.core.sae import load_sae
+
+    try:
+        return load_sae(source).digest
+    except SAEError:  # labels need none
+        return None
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -18,14 +19,16 @@ import pytest
 from click.testing import CliRunner
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
-from vllm.entrypoints.launchers.run_batch import BatchRequestInput, BatchRequestOutput
+from vllm.entrypoints.launchers.run_batch import BatchRequestInput
 
 from neuroscope_vllm.cli.main import main
 from neuroscope_vllm.core.artefacts import home, labels_file, only_writer
 from neuroscope_vllm.core.examples import Example, ExampleStore
 from neuroscope_vllm.core.labels import Label, LabelSet, load_labels
+from neuroscope_vllm.core.sae import load_sae
 from tests.core.test_llm import FAULTS, often
 from tests.support import models
+from tests.support.batch import batch_output
 from tests.support.llm_server import LLMServer
 from tests.support.saes import edit_tensors
 from tests.support.served import bin_path, environment
@@ -286,7 +289,9 @@ def test_labels_that_hold_thoughts_or_nothing_are_failures(sae: Path) -> None:
     assert stored(sae)[6].text == "w6x"
 
 
-def test_a_batch_asks_the_same_and_gives_the_same_labels(sae: Path, tmp_path: Path) -> None:
+def test_a_batch_asks_the_same_and_gives_the_same_labels(
+    sae: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked, results = tmp_path / "asked.jsonl", tmp_path / "results.jsonl"
     names = ("--model", "served", "--labeller", "batch")
     plan = json.loads(run(sae, *names, "--batch-file", asked, "--json")[1])
@@ -297,9 +302,14 @@ def test_a_batch_asks_the_same_and_gives_the_same_labels(sae: Path, tmp_path: Pa
         direct = label(sae, server)
         bodies = {body["messages"][1]["content"] for body in server.bodies}
     assert bodies == {one.body.messages[1]["content"] for one in requests}
-    lines = [output(number, one) for number, one in enumerate(requests)]
+    lines = [batch_output(number, one, explain) for number, one in enumerate(requests)]
     random.Random(0).shuffle(lines)
-    results.write_text("\n".join([*lines, output(99, requests[7], custom_id="label-0-1")]) + "\n")
+    results.write_text(
+        "\n".join([*lines, batch_output(99, requests[7], explain, custom_id="label-0-1")]) + "\n"
+    )
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "jsonschema", None)
+        assert "pip install 'neuroscope-vllm[label]'" in run(sae, *names, "--ingest", results)[2]
     code, out, _ = run(
         sae, *names, "--ingest", results, "--json", "--price-in", 1, "--price-out", 1
     )
@@ -322,29 +332,6 @@ def test_a_batch_asks_the_same_and_gives_the_same_labels(sae: Path, tmp_path: Pa
     assert "line 1 of" in run(sae, *names, "--ingest", results)[2]
 
 
-def output(number: int, request: BatchRequestInput, custom_id: str | None = None) -> str:
-    """What `vllm run-batch` writes for a request; the first three go wrong."""
-    text = json.dumps(explain("", request.body.messages[1]["content"]))
-    message = {"role": "assistant", "content": "no" if number == 1 else text}
-    finish = "length" if number == 2 else "stop"
-    usage = {"prompt_tokens": 100, "completion_tokens": 10, "total_tokens": 110}
-    body = {
-        "model": "served",
-        "choices": [{"index": 0, "message": message, "finish_reason": finish}],
-        "usage": usage,
-    }
-    response = {"status_code": 200, "request_id": "r", "body": body}
-    failed = {"status_code": 400, "request_id": "r", "body": None}
-    return BatchRequestOutput.model_validate(
-        {
-            "id": f"vllm-{number}",
-            "custom_id": custom_id or request.custom_id,
-            "response": failed if number == 0 else response,
-            "error": {"error": {"message": "too long"}} if number == 0 else None,
-        }
-    ).model_dump_json()
-
-
 def test_without_a_language_model_tokens_are_the_label(
     sae: Path, tmp_path: Path, tiny_llama: Path, examples: Path
 ) -> None:
@@ -361,10 +348,13 @@ def test_without_a_language_model_tokens_are_the_label(
     directions = load_file(tmp_path / "wide" / "sae_weights.safetensors")["W_dec"]
     directions[3] = head[wanted] / weights["model.norm.weight"]
     edit_tensors(tmp_path / "wide" / "sae_weights.safetensors", W_dec=directions)
-    shutil.copytree(examples, home(str(tmp_path / "wide")) / "examples")
-    code, out, err = run(
-        tmp_path / "wide", "--labeller", "tokens", "--model", tiny_llama, "--features", "3"
-    )
+    folder = home(str(tmp_path / "wide")) / "examples"
+    shutil.copytree(examples, folder)
+    words = ("--labeller", "tokens", "--model", tiny_llama, "--features", "3")
+    code, _, err = run(tmp_path / "wide", *words)
+    assert (code, "with other weights than" in err) == (1, True)
+    WORDS.write(folder, load_sae(tmp_path / "wide").digest)
+    code, _, err = run(tmp_path / "wide", *words)
     assert code == 0, err
     text = tokenizer.decode([wanted]).strip()
     assert stored(tmp_path / "wide", "tokens")[3].text.startswith(f"“w3x” → “{text}”")
@@ -386,6 +376,9 @@ def test_without_a_language_model_tokens_are_the_label(
         (["--provider", "anthropic"], "needs --model"),
         (["--provider", "anthropic", "--model", "m"], "ANTHROPIC_API_KEY is not set"),
         (["--price-in", "1"], "go together"),
+        (["--model", "m", "--base-url", "http://[bad/v1"], "is no address"),
+        (["--model", "m", "--base-url", "127.0.0.1:8080"], "is no address"),
+        (["--model", "m", "--timeout", "nan"], "no number of seconds"),
         (["--model", "m", "--max-cost", "nan", "--base-url", "http://127.0.0.1:9"], "no amount"),
         (["--dry-run", "--ingest", "x"], "exclude each other"),
         (["--batch-file", "x"], "needs --model"),

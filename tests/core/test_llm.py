@@ -90,11 +90,12 @@ def test_every_question_is_settled_once_whatever_goes_wrong(provider: str) -> No
 
 @pytest.mark.parametrize("seed", range(4))
 def test_what_a_run_may_cost_is_never_passed_and_well_used(seed: int) -> None:
-    faults = often(seed, 0.2, "drop", "hang:0.7", "500", "prose", "truncated")
+    faults = often(seed, 0.2, "drop", "hang:0.4", "500", "prose", "truncated")
     most = 0.02 + 0.01 * seed
     with LLMServer(repeat, fault=faults, latency=0.005) as server:
-        found, spent = ask(server, questions(2000), concurrency=12, price=PRICE, max_cost=most)
-        time.sleep(0.8)  # what hangs is billed when it ends
+        settings = {"concurrency": 12, "price": PRICE, "max_cost": most, "timeout": 0.3}
+        found, spent = ask(server, questions(2000), **settings)
+        time.sleep(0.5)  # what hangs is billed when it ends
         billed = server.billed
     assert billed <= spent.cost + spent.lost + 1e-9 <= most + 1e-9
     worst = client.worst_case(questions(1)[0], PRICE)
@@ -196,6 +197,46 @@ def test_a_model_that_can_not_do_it_is_not_asked_forever() -> None:
     assert len(found) < 40
     assert "failed one after another" in spent.stopped
     assert "not JSON" in spent.stopped
+
+
+NO_ANSWERS = {
+    "openai": (
+        "<html>Welcome</html>", "[1]", "null", '{"choices": [{', '{"choices": "x"}',
+        '{"choices": [], "usage": {"cost": -1}}', '{"choices": [], "model": 5}',
+        '{"choices": [{"message": {"content": []}}]}', "[" * 9999,
+        '{"choices": [], "usage": {"prompt_tokens": "7"}}',
+    ),
+    "anthropic": ("<html>Welcome</html>", "null", "{}", '{"content": null, "usage": {}}'),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("provider", NO_ANSWERS)
+def test_what_is_no_answer_at_all_is_a_failure_that_may_have_cost(provider: str) -> None:
+    bodies = NO_ANSWERS[provider]
+
+    def fault(number: int, user: str) -> str:
+        return f"raw:{bodies[int(user.removeprefix('word '))]}"
+
+    with LLMServer(repeat, fault=fault) as server:
+        found, spent = ask(server, questions(len(bodies)), provider=provider, price=PRICE)
+    for answer in found.values():
+        assert answer.failure.startswith("what came is no answer of such a server (")
+        assert answer.failure.endswith("), 3 times")
+    assert (len(found), spent.cost) == (len(bodies), 0)
+    assert spent.lost == pytest.approx(
+        3 * sum(client.worst_case(one, PRICE) for one in questions(len(bodies)))
+    )
+
+
+def test_a_routers_own_words_are_safe_to_print(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "LONGEST_WAIT_S", 0.01)
+    body = '{"error": {"message": "\\u001b[2Jtoo\\nlong", "code": "context_length_exceeded"}}'
+    with LLMServer(repeat, fault=lambda number, user: f"raw:{body}") as server:
+        found, _ = ask(server, questions(1))
+    assert found["0"].failure == "the server said 500 ([2Jtoo long), 8 times"
+    deep = '{"said": ' + "[" * 9999
+    with LLMServer(lambda system, user: deep) as server:
+        assert "not JSON" in ask(server, questions(1))[0]["0"].failure
 
 
 @pytest.mark.parametrize("provider", ["openai", "anthropic"])

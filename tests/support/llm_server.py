@@ -27,6 +27,7 @@ hang:SECONDS                            answers (and bills) after that
 drop                                    closes the connection after the model has answered (billed)
 truncated  prose  schema  empty         an answer of status 200 that can not be used
 wrapped                                 the right answer, between other text
+raw:BODY                                that, of status 200
 """
 
 
@@ -164,6 +165,9 @@ class _Handler(BaseHTTPRequestHandler):
             headers = {"Retry-After": seconds} if seconds else {}
             self._send(int(what), {"error": {"message": f"scripted {what}", "code": what}}, headers)
             return
+        if what == "raw":
+            self._send(200, seconds.encode())
+            return
         for name, allowed in (
             ("response_format", owner.takes_schema),
             ("output_config", owner.takes_schema),
@@ -194,7 +198,7 @@ class _Handler(BaseHTTPRequestHandler):
                 owner.answered.append(user)
 
     def _send(self, status: int, content: Any, headers: dict[str, str] | None = None) -> None:
-        data = json.dumps(content).encode()
+        data = content if isinstance(content, bytes) else json.dumps(content).encode()
         self.send_response(status)
         for name, value in {"Content-Type": "application/json", **(headers or {})}.items():
             self.send_header(name, value)

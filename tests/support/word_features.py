@@ -57,11 +57,11 @@ class WordFeatures:
     def features(self) -> list[int]:
         return [*range(self.words), *range(1000, 1000 + self.pairs)]
 
-    def write(self, folder: Path) -> None:
+    def write(self, folder: Path, sae_digest: str = "d") -> None:
         collection = Collection(
-            sae="/sae", sae_digest="d", layer=20, model="m", corpus="c", created="2026-01-01",
-            width=2000, samples=len(self.sequences), tokens=self.sequences.size, before=BEFORE,
-            after=AFTER, top=20, sample=60,
+            sae="/sae", sae_digest=sae_digest, layer=20, model="m", corpus="c",
+            created="2026-01-01", width=2000, samples=len(self.sequences),
+            tokens=self.sequences.size, before=BEFORE, after=AFTER, top=20, sample=60,
         )  # fmt: skip
         rows: dict[str, list[Any]] = {
             "examples": [e for feature in self.features for e in self.examples(feature)],

@@ -6,6 +6,8 @@ from typing import Any
 
 import msgspec
 
+from neuroscope_vllm.core.errors import ConfigError
+
 
 def json_object(text: str) -> dict[str, Any] | None:
     """The JSON object in a text: all of it, or between thoughts, fences and remarks; else None."""
@@ -13,15 +15,25 @@ def json_object(text: str) -> dict[str, Any] | None:
     for candidate in (answer, answer[answer.find("{") : answer.rfind("}") + 1]):
         try:
             return msgspec.json.decode(candidate, type=dict[str, Any])
-        except (msgspec.DecodeError, UnicodeEncodeError):
+        except (msgspec.DecodeError, UnicodeEncodeError, RecursionError):  # "[[[[[[..."
             continue
     return None
 
 
 def misfit(text: str, content: dict[str, Any] | None, schema: dict[str, Any]) -> str | None:
-    """What is wrong with an answer, in words; None if it fits the schema."""
-    from jsonschema import Draft202012Validator
-    from jsonschema.exceptions import best_match
+    """What is wrong with an answer, in words; None if it fits the schema.
+
+    Raises:
+        ConfigError: What checks it is not installed.
+    """
+    try:
+        from jsonschema import Draft202012Validator
+        from jsonschema.exceptions import best_match
+    except ImportError as error:
+        raise ConfigError(
+            f"checking answers needs the package jsonschema ({error}); pip install "
+            f"'neuroscope-vllm[label]'."
+        ) from error
 
     if not text.strip():
         return "the answer is empty"

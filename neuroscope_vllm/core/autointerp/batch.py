@@ -16,31 +16,11 @@ from neuroscope_vllm.core.autointerp.answers import json_object, misfit
 from neuroscope_vllm.core.autointerp.prices import Price
 from neuroscope_vllm.core.autointerp.providers import chat_request
 from neuroscope_vllm.core.autointerp.questions import Answer, Question
+from neuroscope_vllm.core.autointerp.replies import Completion
 from neuroscope_vllm.core.errors import ConfigError
 
 URL = "/v1/chat/completions"
 MAX_SAID = 200
-
-
-class _Message(msgspec.Struct):
-    content: str | None = None
-
-
-class _Choice(msgspec.Struct):
-    message: _Message
-    finish_reason: str | None = None
-
-
-class _Usage(msgspec.Struct):
-    prompt_tokens: int = 0
-    completion_tokens: int | None = None
-    cost: float | None = None
-
-
-class _Completion(msgspec.Struct):
-    choices: list[_Choice]
-    model: str | None = None
-    usage: _Usage | None = None
 
 
 class _Response(msgspec.Struct):
@@ -83,7 +63,7 @@ def read_answers(
             continue
         try:
             line = msgspec.json.decode(written, type=_Line)
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, RecursionError) as error:
             raise ConfigError(
                 f"line {number} of {path} is no result of a batch ({error}); give the output that "
                 f"`vllm run-batch` or a batch service wrote."
@@ -94,28 +74,26 @@ def read_answers(
 
 def _answer(line: _Line, question: Question, price: Price | None) -> Answer:
     response = line.response
-    failed = line.error is not None or response is None or response.status_code != 200
     try:
-        if failed:
+        if line.error is not None or response is None or response.status_code != 200:
             raise msgspec.ValidationError
-        found = msgspec.convert(response.body if response else None, _Completion)
+        found = msgspec.convert(response.body, Completion)
+        if found.choices is None:
+            raise msgspec.ValidationError
     except msgspec.ValidationError:
         why = line.error or (response.body if response else None)
         said = msgspec.json.encode(why).decode()[:MAX_SAID]
         return Answer(key=question.key, content=None, failure=f"the batch says {said}")
-    choice = found.choices[0] if found.choices else _Choice(_Message())
-    text, usage = choice.message.content or "", found.usage or _Usage()
-    content = json_object(text)
-    failure = misfit(text, content, question.schema)
-    if choice.finish_reason == "length":
-        failure = "the answer is cut off"
-    prompt, completion = usage.prompt_tokens, usage.completion_tokens or 0
+    reply = found.reply()
+    content = json_object(reply.text)
+    failure = reply.problem or misfit(reply.text, content, question.schema)
+    prompt, completion, cost = reply.prompt_tokens, reply.completion_tokens, reply.cost
     return Answer(
         key=question.key,
         content=None if failure else content,
         failure=failure,
         prompt_tokens=prompt,
         completion_tokens=completion,
-        cost=price.of(prompt, completion) if price and usage.cost is None else usage.cost,
-        model=found.model,
+        cost=price.of(prompt, completion) if price and cost is None else cost,
+        model=reply.model,
     )

@@ -25,11 +25,11 @@ from neuroscope_vllm.core.autointerp.providers import (
     OPENROUTER,
     Provider,
     Refused,
-    Reply,
     TryLater,
     open_provider,
 )
 from neuroscope_vllm.core.autointerp.questions import Answer, Question
+from neuroscope_vllm.core.autointerp.replies import Reply
 from neuroscope_vllm.core.errors import ConfigError
 
 logger = logging.getLogger(__name__)

@@ -9,8 +9,9 @@ import msgspec
 
 from neuroscope_vllm.core.autointerp.questions import Question
 
-CHARS_PER_TOKEN = 3.2
-"""Of examples, whose tokens are marked; measured with the demo model's tokenizer."""
+CHARS_PER_TOKEN = 3.4
+"""Of questions for a label, about the demo's features and in its tokens; those for a score, whose
+texts bear fewer marks, have 3.8."""
 ADDED_TOKENS = 600
 """What servers put around a question: a chat template, or the instructions for a schema."""
 

@@ -16,7 +16,9 @@ import msgspec
 
 from neuroscope_vllm.core.autointerp.prices import Price
 from neuroscope_vllm.core.autointerp.questions import Question
+from neuroscope_vllm.core.autointerp.replies import Completion, Message, Models, Reply, unreadable
 from neuroscope_vllm.core.errors import ConfigError
+from neuroscope_vllm.core.labels import clean_label
 
 OPENROUTER = "https://openrouter.ai/api/v1"
 ANTHROPIC = "https://api.anthropic.com"
@@ -28,25 +30,7 @@ _KEYS = {
 OTHER_KEY = "LLM_API_KEY"
 """Of any other server, so that no vendor's key is sent to another."""
 MAX_SAID = 300
-
-
-class Reply(msgspec.Struct, frozen=True, kw_only=True):
-    """What a server sent.
-
-    Attributes:
-        text: The answer, as it stands.
-        problem: Why it is no whole answer, if the server says so.
-        prompt_tokens, completion_tokens: As the server counted them.
-        cost: In US dollars, where the server says it.
-        model: What answered.
-    """
-
-    text: str
-    problem: str | None = None
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    cost: float | None = None
-    model: str | None = None
+_MALFORMED = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 
 class Refused(Exception):
@@ -176,11 +160,20 @@ class _OpenAI:
             request["max_completion_tokens"] = request.pop("max_tokens")
         if self._host == "openrouter.ai":
             extra["provider"] = self._routing(schema)
+        create = self._client.chat.completions.with_raw_response.create
         try:
-            found = await self._client.chat.completions.create(**request, extra_body=extra)
+            sent = await create(**request, extra_body=extra)
         except self._sdk.APIError as error:
             raise _failure(self._sdk, error) from error
-        return self._reply(found)
+        try:
+            found = msgspec.json.decode(sent.http_response.content, type=Completion)
+        except _MALFORMED as error:
+            return unreadable(error)
+        # Routers report what happened behind them in an answer of status 200.
+        if found.error and not found.choices:
+            code = found.error.get("code") if isinstance(found.error, dict) else None
+            raise _by_status(code if isinstance(code, int) else 500, _words(found.error), None)
+        return found.reply()
 
     def _routing(self, schema: bool) -> dict[str, Any]:
         """Only sellers that know what is asked of them, none dearer than was reckoned with."""
@@ -192,35 +185,8 @@ class _OpenAI:
             }
         return routing
 
-    def _reply(self, found: Any) -> Reply:
-        # Routers report what happened behind them in an answer of status 200.
-        error = getattr(found, "error", None)
-        if isinstance(error, dict) and not found.choices:
-            raise _by_status(int(error.get("code") or 500), str(error.get("message")), None)
-        usage, choice = found.usage, found.choices[0] if found.choices else None
-        message = choice.message if choice else None
-        problem = None
-        if choice is None or message is None:
-            problem = "the answer is empty"
-        elif choice.finish_reason == "length":
-            problem = "the answer is cut off"
-        elif getattr(message, "refusal", None) or choice.finish_reason == "content_filter":
-            problem = "the model refused"
-        cost = getattr(usage, "cost", None)
-        return Reply(
-            text=(message.content if message else None) or "",
-            problem=problem,
-            prompt_tokens=(usage.prompt_tokens or 0) if usage else 0,
-            completion_tokens=(usage.completion_tokens or 0) if usage else 0,
-            cost=float(cost) if isinstance(cost, int | float) else None,
-            model=found.model or None,
-        )
-
     async def models(self) -> list[dict[str, Any]]:
-        try:
-            return [model.model_dump() async for model in self._client.models.list()]
-        except self._sdk.APIError as error:
-            raise _failure(self._sdk, error) from error
+        return await _models(self._sdk, self._client)
 
 
 class _Anthropic:
@@ -236,7 +202,7 @@ class _Anthropic:
             form = {"type": "json_schema", "schema": sdk.transform_schema(question.schema)}
             given["output_config"] = {"format": form}
         try:
-            found = await self._client.messages.create(
+            sent = await self._client.messages.with_raw_response.create(
                 model=self._model,
                 max_tokens=question.max_tokens,
                 system=_system(question, schema),
@@ -245,23 +211,23 @@ class _Anthropic:
             )
         except sdk.APIError as error:
             raise _failure(sdk, error) from error
-        problems = {"max_tokens": "the answer is cut off", "refusal": "the model refused"}
-        usage = found.usage
-        return Reply(
-            text="".join(block.text for block in found.content if block.type == "text"),
-            problem=problems.get(found.stop_reason or ""),
-            prompt_tokens=usage.input_tokens
-            + (usage.cache_read_input_tokens or 0)
-            + (usage.cache_creation_input_tokens or 0),
-            completion_tokens=usage.output_tokens,
-            model=found.model or None,
-        )
+        try:
+            return msgspec.json.decode(sent.http_response.content, type=Message).reply()
+        except _MALFORMED as error:
+            return unreadable(error)
 
     async def models(self) -> list[dict[str, Any]]:
-        try:
-            return [model.model_dump() async for model in self._client.models.list()]
-        except self._sdk.APIError as error:
-            raise _failure(self._sdk, error) from error
+        return await _models(self._sdk, self._client)
+
+
+async def _models(sdk: Any, client: Any) -> list[dict[str, Any]]:
+    try:
+        sent = await client.models.with_raw_response.list()
+        return msgspec.json.decode(sent.http_response.content, type=Models).data
+    except sdk.APIError as error:
+        raise _failure(sdk, error) from error
+    except _MALFORMED as error:
+        raise TryLater(f"what came is no list of models ({error})") from error
 
 
 def chat_request(
@@ -336,8 +302,12 @@ def _retry_after(headers: Any) -> float | None:
 
 
 def _said(error: Any) -> str:
-    """The server's own words, on one line."""
+    """The server's own words."""
     body = error.body
-    inner = body.get("error", body) if isinstance(body, dict) else body
-    message = inner.get("message") if isinstance(inner, dict) else inner
-    return " ".join(str(message or error.message).split())[:MAX_SAID]
+    return _words((body.get("error") or body) if isinstance(body, dict) else body, error.message)
+
+
+def _words(error: Any, otherwise: str = "no reason given") -> str:
+    """An error in a server's answer, on one line that is safe to print."""
+    message = error.get("message") if isinstance(error, dict) else error
+    return clean_label(str(message or otherwise), MAX_SAID)
