@@ -106,6 +106,8 @@ def command(
 ) -> None:
     with in_a_sentence():
         corpus = take_corpus(options)
+        if output is not None:
+            _replaceable(output)
         engine = open_engine(max_tokens=corpus.max_tokens, **options)
 
         from neuroscope_vllm.engine.collect import Wanted

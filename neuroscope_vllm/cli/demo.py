@@ -15,7 +15,7 @@ from neuroscope_vllm.core.config import cache_dir
 from neuroscope_vllm.core.errors import NeuroscopeError
 
 NAME = "smollm2-135m-instruct"
-VLLM_FLAGS = ("--served-model-name", NAME, "--host", "127.0.0.1", "--max-model-len", "2048")
+VLLM_FLAGS = ("--served-model-name", NAME, "--host", "127.0.0.1", "--max-model-len", "4096")
 
 
 @click.command("demo", epilog="Everything after -- goes to `vllm serve` untouched.")

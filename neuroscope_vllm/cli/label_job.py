@@ -201,10 +201,12 @@ class Job:
     def _unasked(self, labeller: str) -> tuple[LabelRun, Iterator[Question], int]:
         """The questions that are left, for who does not write labels."""
         from neuroscope_vllm.core import artefacts
+        from neuroscope_vllm.core.autointerp.questions import with_room
 
         wanted, already = self._wanted(artefacts.labels_file(self.source, labeller))
         run = self._run(labeller, None)
-        return run, itertools.islice(run.questions(wanted), self.limit), already
+        asked = with_room(run.questions(wanted), self.llm_options["thought_tokens"])
+        return run, itertools.islice(asked, self.limit), already
 
     @contextlib.contextmanager
     def _writing(self, labeller: str) -> Iterator[tuple[Journal, list[int], int, Path]]:
@@ -232,6 +234,7 @@ class Job:
     def _wanted(self, path: Path) -> tuple[list[int], int]:
         """The features to label, in order, and how many were left out for having a label."""
         from neuroscope_vllm.core import artefacts
+        from neuroscope_vllm.core.autointerp.explain import shown_from
         from neuroscope_vllm.core.labels import load_labels
         from neuroscope_vllm.core.labels.label import NoLabels
 
@@ -239,7 +242,11 @@ class Job:
         known: set[int] = set()
         if there and not self.relabel:
             with contextlib.suppress(NoLabels):
-                known = {label.index for label in load_labels(there[0])}
+                weights = self.store.collection.name[:8]
+                for label in load_labels(there[0]):
+                    # After a retraining an index is another feature's.
+                    if (shown_from(label) or (weights,))[0] == weights:
+                        known.add(label.index)
         wanted = [feature for feature in self.chosen if feature not in known]
         return wanted, len(self.chosen) - len(wanted)
 

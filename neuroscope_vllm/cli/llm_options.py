@@ -37,6 +37,8 @@ _OPTIONS = [
                  help="Requests at once, at most."),
     click.option("--timeout", default=120.0, show_default=True, type=click.FloatRange(min=0.1),
                  help="Seconds for one answer."),
+    click.option("--thought-tokens", default=0, show_default=True, type=click.IntRange(0),
+                 help="Room for thoughts, of a model that counts them to its answer."),
     click.option("--price-in", type=_USD, help="US dollars for a million tokens of a question."),
     click.option("--price-out", type=_USD, help="US dollars for a million tokens of an answer."),
     click.option("--max-cost", type=_USD, help="US dollars that this run never passes."),
@@ -52,7 +54,7 @@ def llm_flags(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def wrapped(**given: Any) -> Any:
-        names = ("model", "base_url", "provider", "concurrency", "timeout")
+        names = ("model", "base_url", "provider", "concurrency", "timeout", "thought_tokens")
         prices = ("price_in", "price_out", "max_cost")
         chosen = {name: given.pop(name) for name in (*names, *prices)}
         return function(llm_options=chosen, **given)
@@ -70,6 +72,7 @@ def open_llm(
     provider: str,
     concurrency: int,
     timeout: float,
+    thought_tokens: int,
     max_cost: float | None,
     **prices: float | None,
 ) -> LLM:
@@ -100,6 +103,7 @@ def open_llm(
         timeout=timeout,
         price=given_price(prices),
         max_cost=max_cost,
+        thought_tokens=thought_tokens,
     )
     return check(asyncio.run(look_up(llm)))
 

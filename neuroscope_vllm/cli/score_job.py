@@ -15,6 +15,7 @@ from neuroscope_vllm.cli.llm_options import open_examples, open_llm, progress, s
 from neuroscope_vllm.cli.supervise import console
 from neuroscope_vllm.core import artefacts
 from neuroscope_vllm.core.autointerp import classify
+from neuroscope_vllm.core.autointerp.explain import shown_from
 from neuroscope_vllm.core.autointerp.judgements import Judgement, forget
 from neuroscope_vllm.core.autointerp.llm import LLM, Spent, ask_all
 from neuroscope_vllm.core.autointerp.prices import prompt_tokens
@@ -74,6 +75,7 @@ def score(
         wanted = _wanted(labels, methods, features, rescore)
         already = sum(1 for label in labels if _is_asked(label, features)) - len(wanted)
         wanted = dict(list(wanted.items())[:limit])
+        _check_texts([label for label, _ in wanted.values()], store)
         llm = open_llm(**llm_options)
         about = {"sae": source, "labeller": labeller, "judge": llm.model, "already_scored": already}
         if dry_run:
@@ -151,6 +153,26 @@ def _wanted(
         if todo:
             found[label.index] = label, todo
     return found
+
+
+def _check_texts(labels: Sequence[Label], store: ExampleStore) -> None:
+    """Whether what is held out now was when the labels were written.
+
+    Raises:
+        ConfigError: Labels are of other weights.
+    """
+    weights, texts = store.collection.name.split(".")
+    found = [named for label in labels if (named := shown_from(label))]
+    if foreign := sum(named[0] != weights for named in found):
+        raise ConfigError(
+            f"{foreign:,} of these labels were written for other weights than the examples are of;"
+            f" label those features again first, with `neuroscope label`."
+        )
+    if other := sum(named[1] != texts for named in found):
+        console.print(
+            f"neuroscope: {other:,} of these labels were written from another collection; what is"
+            " held out now may have been shown then, so their scores may be too high"
+        )
 
 
 def _is_asked(label: Label, features: list[int] | None) -> bool:

@@ -84,3 +84,22 @@ def test_what_is_no_collection_is_said(tmp_path: Path) -> None:
     (tmp_path / "two/contexts.parquet").write_bytes(b"PAR1 not")
     with pytest.raises(ConfigError, match="can not be read"):
         ExampleStore(tmp_path / "two")
+
+
+def test_a_damaged_page_is_said(tmp_path: Path) -> None:
+    write(tmp_path / "examples", EXAMPLES)
+    path = tmp_path / "examples/examples.parquet"
+    content = bytearray(path.read_bytes())
+    half = len(content) // 2
+    content[4:half] = bytes(half - 4)
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match="are damaged"):
+        ExampleStore(tmp_path / "examples").of(0)
+
+
+def test_a_collections_name_is_of_its_weights_and_texts() -> None:
+    replace = msgspec.structs.replace
+    again = replace(COLLECTION, created="2027-01-01", sae="elsewhere", sink_norm=3.0)
+    assert again.name == COLLECTION.name
+    assert replace(COLLECTION, sae_digest="e").name.split(".")[1] == COLLECTION.name.split(".")[1]
+    assert replace(COLLECTION, corpus="d").name.split(".")[1] != COLLECTION.name.split(".")[1]

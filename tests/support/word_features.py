@@ -57,7 +57,7 @@ class WordFeatures:
     def features(self) -> list[int]:
         return [*range(self.words), *range(1000, 1000 + self.pairs)]
 
-    def write(self, folder: Path, sae_digest: str = "d") -> None:
+    def write(self, folder: Path, sae_digest: str = "d" * 16) -> None:
         collection = Collection(
             sae="/sae", sae_digest=sae_digest, layer=20, model="m", corpus="c",
             created="2026-01-01", width=2000, samples=len(self.sequences),

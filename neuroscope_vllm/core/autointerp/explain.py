@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import msgspec
@@ -84,6 +85,13 @@ def shown(examples: Sequence[Example]) -> str:
     return "\n".join(lines)
 
 
+def shown_from(label: Label) -> tuple[str, str] | None:
+    """The digests of the weights and of the texts (`Collection.name`) that a label was written
+    from; None if it does not say."""
+    found = re.search(r"of examples (\w{8})\.(\w{8})$", label.method or "")
+    return (found[1], found[2]) if found else None
+
+
 class LabelRun:
     """Labels features one after another, several at a time.
 
@@ -116,8 +124,8 @@ class LabelRun:
         self._created, self._min_examples = created, min_examples
         collected = store.collection
         self._method = (
-            f"{prompt.name}@{prompt.digest}: {STRONGEST} strongest and {SAMPLED} by quantile, "
-            f"collected {collected.created}"
+            f"{prompt.name}@{prompt.digest}: {STRONGEST} strongest and {SAMPLED} by quantile of "
+            f"examples {collected.name}"
         )
         what = [STRONGEST, SAMPLED, msgspec.structs.replace(collected, sae="")]
         digest = hashlib.sha256(msgspec.json.encode(what)).hexdigest()[:12]

@@ -28,7 +28,7 @@ from neuroscope_vllm.core.autointerp.providers import (
     TryLater,
     open_provider,
 )
-from neuroscope_vllm.core.autointerp.questions import Answer, Question
+from neuroscope_vllm.core.autointerp.questions import Answer, Question, with_room
 from neuroscope_vllm.core.autointerp.replies import Reply
 from neuroscope_vllm.core.errors import ConfigError
 
@@ -59,6 +59,7 @@ class LLM(msgspec.Struct, frozen=True, kw_only=True):
         timeout: Seconds for one answer.
         price: None if it is not known.
         max_cost: US dollars that a run never passes.
+        thought_tokens: Room for a model's thoughts, besides a question's `max_tokens`.
     """
 
     model: str
@@ -68,6 +69,7 @@ class LLM(msgspec.Struct, frozen=True, kw_only=True):
     timeout: float = 120.0
     price: Price | None = None
     max_cost: float | None = None
+    thought_tokens: int = 0
 
 
 class Spent(msgspec.Struct, kw_only=True):
@@ -131,7 +133,14 @@ async def ask_all(
         provider = open_provider(
             llm.provider, llm.base_url, llm.model, llm.timeout, llm.price, closing
         )
-        run = _Run(llm, provider, iter(questions), on_answer, complaint, spent or Spent())
+        run = _Run(
+            llm,
+            provider,
+            with_room(questions, llm.thought_tokens),
+            on_answer,
+            complaint,
+            spent or Spent(),
+        )
         workers = [asyncio.create_task(run.work()) for _ in range(llm.concurrency)]
         try:
             await asyncio.gather(*workers)

@@ -9,8 +9,6 @@ decoder need the SAE's weights, and may be of features that never fire on these 
 from __future__ import annotations
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from neuroscope_vllm.core.examples import ExampleStore
@@ -24,8 +22,8 @@ class Negatives:
 
     def __init__(self, store: ExampleStore) -> None:
         # As columns: as records, with a thousand features each, they would fill the memory.
-        contexts = _table(store, "contexts", ["sequence", "position", "tokens", "features"])
-        features = _table(store, "features", ["feature", "firings", "partners", "together"])
+        contexts = store.table("contexts", ["sequence", "position", "tokens", "features"])
+        features = store.table("features", ["feature", "firings", "partners", "together"])
         self._tokens, self._tokens_read = contexts["tokens"], store.collection.tokens
         self._ids = [
             f"{sequence}:{position}"
@@ -88,7 +86,3 @@ class Negatives:
         """The contexts that it fires in, ascending."""
         start, stop = np.searchsorted(self._fired, [feature, feature + 1])
         return self._context[start:stop]
-
-
-def _table(store: ExampleStore, name: str, columns: list[str]) -> pa.Table:
-    return pq.read_table(store.folder / f"{name}.parquet", columns=columns)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import msgspec
@@ -43,3 +44,11 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
     completion_tokens: int = 0
     cost: float | None = None
     model: str | None = None
+
+
+def with_room(questions: Iterable[Question], thought_tokens: int) -> Iterator[Question]:
+    """The same questions for a model that thinks before it answers, within `max_tokens`."""
+    return (
+        msgspec.structs.replace(question, max_tokens=question.max_tokens + thought_tokens)
+        for question in questions
+    )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import msgspec
 
 TOP, SAMPLE = "top", "sample"
@@ -40,6 +42,14 @@ class Collection(msgspec.Struct, frozen=True, kw_only=True):
     top: int
     sample: int
     sink_norm: float | None = None
+
+    @property
+    def name(self) -> str:
+        """Which weights and which texts: two digests, of 8 digits each. The same corpus gives the
+        same texts, whenever it is collected."""
+        texts = msgspec.structs.replace(self, created="", sae="", sae_digest="", sink_norm=None)
+        digest = hashlib.sha256(msgspec.json.encode(texts)).hexdigest()
+        return f"{self.sae_digest[:8]}.{digest[:8]}"
 
 
 class Example(msgspec.Struct, frozen=True, kw_only=True):

@@ -9,9 +9,10 @@ Their columns are the fields of `records`; each file's metadata holds the `Colle
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -132,20 +133,34 @@ class ExampleStore:
     @functools.cached_property
     def features(self) -> list[FeatureSummary]:
         """Every feature of the SAE, by index."""
-        return msgspec.convert(self._read("features"), list[FeatureSummary])
+        return msgspec.convert(self.table("features").to_pylist(), list[FeatureSummary])
 
     @functools.cached_property
     def contexts(self) -> list[Context]:
-        return msgspec.convert(self._read("contexts"), list[Context])
+        return msgspec.convert(self.table("contexts").to_pylist(), list[Context])
 
     def of(self, feature: int) -> list[Example]:
         """The examples of a feature: TOP, strongest first; then SAMPLE, in random order."""
         low, high = self._ranges[:, 0], self._ranges[:, 1]
         groups = np.flatnonzero((low <= feature) & (feature <= high))
         rows: list[dict[str, Any]] = []
-        for group in map(self._group, groups.tolist()):
-            rows += group.filter(pc.field("feature") == feature).to_pylist()
+        with self._said():
+            for group in map(self._group, groups.tolist()):
+                rows += group.filter(pc.field("feature") == feature).to_pylist()
         return msgspec.convert(rows, list[Example])
 
-    def _read(self, name: str) -> list[dict[str, Any]]:
-        return self._files[name].read().to_pylist()
+    def table(self, name: str, columns: list[str] | None = None) -> pa.Table:
+        """One of the files, or some of its columns. Raises ConfigError: It is damaged."""
+        with self._said():
+            return self._files[name].read(columns)
+
+    @contextlib.contextmanager
+    def _said(self) -> Iterator[None]:
+        """What a damaged page raises, as a ConfigError."""
+        try:
+            yield
+        except (OSError, pa.ArrowException) as error:
+            raise ConfigError(
+                f"examples {self.folder} are damaged ({error}); make them again with `neuroscope"
+                " collect`."
+            ) from error

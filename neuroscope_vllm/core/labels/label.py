@@ -10,6 +10,7 @@ cleaned on the way in: one line, no control characters, at most MAX_LABEL_CHARS.
 from __future__ import annotations
 
 import logging
+import re
 import sys
 import threading
 import unicodedata
@@ -280,7 +281,7 @@ def clean_label(text: str, limit: int = MAX_LABEL_CHARS) -> str:
     """One line, without control, format or surrogate characters, at most `limit` characters."""
     if len(text) <= limit and text.isprintable() and "  " not in text and text == text.strip():
         return text
-    spaced = " ".join(text.split())[: 20 * limit]
+    spaced = _TERMINAL_COLOURS.sub("", " ".join(text.split())[: 20 * limit])
     kept = "".join(
         char for char in spaced if char in _JOINERS or unicodedata.category(char)[0] != "C"
     )
@@ -293,6 +294,7 @@ def clean_label(text: str, limit: int = MAX_LABEL_CHARS) -> str:
 # Format characters that scripts and emoji need: zero-width non-joiner and joiner.
 _JOINERS = "\u200c\u200d"
 _EDGES = _JOINERS + " "
+_TERMINAL_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 _PROVENANCE = ("method", "model", "created", "author", "scorer", "scored_on", "scoring")
 
