@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -226,7 +227,7 @@ def test_what_is_pushed_is_pulled_and_stays_as_locked(
         text=True,
         check=True,
     )
-    assert json.loads(shown.stdout) == [label.to_dict() for label in mine]
+    assert json.loads(shown.stdout) == [msgspec.structs.asdict(label) for label in mine]
 
 
 SHOW = """
