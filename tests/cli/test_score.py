@@ -188,7 +188,11 @@ def test_a_run_that_is_killed_goes_on_where_it_was(sae: str, tmp_path: Path) -> 
         for signal_ in (signal.SIGKILL, signal.SIGINT, signal.SIGKILL, signal.SIGKILL):
             before = len(server.asked)
             process = subprocess.Popen(
-                [*words, server.url], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+                [*words, server.url],
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                # Who runs tests in the background has them ignore it.
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
             )
             until = before + draw.randint(8, 32)
             deadline = time.monotonic() + 60
