@@ -43,7 +43,7 @@ class Mode:
     longest: int = 160
     kv_tokens: int = 512
     """Room for a few of the sixteen that may run at once."""
-    exercised: tuple[str, ...] = ("preemptions", "cache_hits", "chunked_prefills", "aborted")
+    exercised: tuple[str, ...] = ("preemptions", "cache_hits", "chunked_prefills")
     repetitive: bool = False
     layers: tuple[int, ...] = (20,)
     engines: int = 1
@@ -63,7 +63,11 @@ DRAFTS = (
     ' "prompt_lookup_min": 1}'
 )
 MODES = {
-    "v1": Mode("gemma2", EAGER, requests=200, longest=200, kv_tokens=1200),
+    "v1": Mode(
+        "gemma2", EAGER, requests=200, longest=200, kv_tokens=1200,
+        # Elsewhere the workers leave the API server no core to notice in time who left.
+        exercised=("preemptions", "cache_hits", "chunked_prefills", "aborted"),
+    ),
     "v2": Mode(
         "gemma2", EAGER, env=V2_ON_CPU,
         requests=24, longest=100, kv_tokens=512, runner="v2",
@@ -76,12 +80,10 @@ MODES = {
     "dp2": Mode(
         "llama", (*EAGER, "--data-parallel-size", "2"), env=TWO_CORES,
         engines=2, kv_tokens=352,
-        # Two engines leave the API server no core to notice in time who left.
-        exercised=("preemptions", "cache_hits", "chunked_prefills"),
     ),
     "ngram": Mode(
         "llama", (*EAGER, "--speculative-config", DRAFTS), repetitive=True,
-        exercised=("preemptions", "cache_hits", "chunked_prefills", "aborted", "drafts_rejected",
+        exercised=("preemptions", "cache_hits", "chunked_prefills", "drafts_rejected",
                    "drafts_accepted"),
     ),
 }  # fmt: skip
@@ -153,7 +155,8 @@ def outcome(
     try:
         server.wait_ready()
         sent = Storm(server, mode).run()
-        traces = {one.id: server.trace(one.id, len(one.choices)) for one in sent}
+        # Who left may be noticed late, and what nobody waits for goes on.
+        traces = {one.id: server.trace(one.id, len(one.choices), timeout=120) for one in sent}
         describe = httpx.get(f"{server.features}/v1/features/describe").json()
         workers = [s for s in describe["senders"] if s["role"] == "worker"]
         return Outcome(sent, traces, metrics(server), workers)
