@@ -328,10 +328,15 @@ class Sleeper:
 
 
 def test_a_cluster_of_ones_own_listens_on_loopback_only(cluster: Any) -> None:
-    mine = psutil.Process()
+    package = str(Path(cluster.__file__).parent)
+    family = [
+        process
+        for process in psutil.Process().children(recursive=True)
+        if (words := " ".join(process.cmdline())).startswith("ray::") or package in words
+    ]
     listening = [
         connection.laddr.ip
-        for process in mine.children(recursive=True)
+        for process in family
         for connection in process.net_connections("inet")
         if connection.status == psutil.CONN_LISTEN
     ]
