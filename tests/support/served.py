@@ -151,10 +151,21 @@ def start_vllm(
     return start(words, log, port, features_port, env)
 
 
+def lines(response: httpx.Response) -> Iterator[str]:
+    """Of an open response. httpx's own end at all that Unicode calls a line, such as U+2028, which
+    random text holds too."""
+    rest = ""
+    for piece in response.iter_text():
+        *whole, rest = (rest + piece).split("\n")
+        yield from (line.removesuffix("\r") for line in whole)
+    if rest:
+        yield rest
+
+
 def sse_events(response: httpx.Response) -> Iterator[dict[str, Any]]:
     """Parsed events of an open SSE response: {"event", "id", **data}."""
     fields: dict[str, str] = {}
-    for line in response.iter_lines():
+    for line in lines(response):
         if line == "":
             if "data" in fields:
                 yield {

@@ -14,7 +14,6 @@ import re
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +24,7 @@ import pytest
 
 from tests.support import models
 from tests.support.oracle import Comparison, Oracle
-from tests.support.served import SMALL, V2_ON_CPU, Served, start_neuroscope
+from tests.support.served import SMALL, V2_ON_CPU, Served, lines, start_neuroscope
 
 TOP_K = 8
 BUDGET = 64
@@ -217,20 +216,12 @@ class Storm:
         url = f"{self._served.chat}/v1/completions"
         with httpx.stream("POST", url, json=body, headers=headers, timeout=300) as response:
             assert response.status_code == 200, response.read()
-            for chunk in events(response):
-                for choice in chunk["choices"]:
+            for chunk in (line[6:] for line in lines(response) if line.startswith("data: {")):
+                for choice in json.loads(chunk)["choices"]:
                     sent.choices[choice["index"]] += choice.get("token_ids") or []
                 if sent.leaves_after is not None and len(sent.choices[0]) >= sent.leaves_after:
                     break
         return sent
-
-
-def events(response: httpx.Response) -> Iterator[dict[str, Any]]:
-    """vLLM's, as they come. Random text holds what httpx's lines end at, too, such as U+2028."""
-    rest = ""
-    for piece in response.iter_text():
-        *lines, rest = (rest + piece).split("\n")
-        yield from (json.loads(line[6:]) for line in lines if line.startswith("data: {"))
 
 
 def metrics(served: Served) -> Counter[str]:

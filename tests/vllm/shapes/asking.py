@@ -17,7 +17,7 @@ from typing import Any
 import httpx
 
 from tests.support.oracle import Comparison, Oracle
-from tests.support.served import Served
+from tests.support.served import Served, lines
 
 CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
 PREFIX = {CHAT: "chatcmpl-", COMPLETION: "cmpl-"}
@@ -156,7 +156,7 @@ def some_tokens(count: int) -> list[int]:
 
 
 def data_lines(response: httpx.Response) -> Iterator[dict[str, Any]]:
-    for line in response.iter_lines():
+    for line in lines(response):
         if line.startswith("data: {"):
             yield json.loads(line[6:])
 
