@@ -7,9 +7,10 @@ from typing import Any
 
 import click
 
-from neuroscope_vllm.cli.corpus_options import corpus_flags, in_a_sentence, take_corpus
+from neuroscope_vllm.cli.corpus_options import corpus_flags, take_corpus
 from neuroscope_vllm.cli.demo import VLLM_FLAGS, demo_model, demo_sae
 from neuroscope_vllm.cli.engines import DEMO, chosen, sae_flags
+from neuroscope_vllm.cli.failures import in_a_sentence
 from neuroscope_vllm.cli.options import neuroscope_flags, settings_from
 from neuroscope_vllm.cli.ranking_quality import command as ranking
 

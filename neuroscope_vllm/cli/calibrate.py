@@ -11,11 +11,11 @@ import click
 from neuroscope_vllm.cli.corpus_options import (
     CORPUS_HELP,
     corpus_flags,
-    in_a_sentence,
     print_results,
     take_corpus,
 )
 from neuroscope_vllm.cli.engines import engine_flags, open_engine, writable
+from neuroscope_vllm.cli.failures import in_a_sentence
 from neuroscope_vllm.cli.progress import progress
 from neuroscope_vllm.cli.supervise import console
 from neuroscope_vllm.core import artefacts

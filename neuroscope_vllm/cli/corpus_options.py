@@ -1,16 +1,12 @@
-"""Options of the commands that run a corpus, and what goes wrong with them all."""
+"""Options of the commands that run a corpus, and how they print what they found."""
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import click
-
-from neuroscope_vllm.cli.supervise import console
-from neuroscope_vllm.core.errors import NeuroscopeError
 
 if TYPE_CHECKING:
     from neuroscope_vllm.core.corpus import Corpus
@@ -54,23 +50,6 @@ def take_corpus(options: dict[str, Any]) -> Corpus:
     corpus = Corpus(**{**given, "source": given["source"] or WIKITEXT})
     check(corpus)
     return corpus
-
-
-@contextlib.contextmanager
-def in_a_sentence() -> Iterator[None]:
-    """Ends the command with one where it can not go on."""
-    try:
-        yield
-    except NeuroscopeError as error:
-        raise click.ClickException(str(error)) from None
-    except OSError as error:
-        raise click.ClickException(
-            f"{error.filename or 'the result'} can not be written ({error.strerror}); what is done"
-            " is kept, so mend that and give the same command again."
-        ) from None
-    except KeyboardInterrupt:
-        console.print("neuroscope: stopped; give the same command again to go on")
-        raise click.exceptions.Exit(130) from None
 
 
 def print_results(found: list[dict[str, Any]], title: str, as_json: bool) -> None:

@@ -1,4 +1,4 @@
-"""How commands that use the Hugging Face hub end when it says no: a sentence and an exit code."""
+"""How commands end when something can not be: with a sentence, and an exit code."""
 
 from __future__ import annotations
 
@@ -36,3 +36,26 @@ def failures() -> Iterator[None]:
         click.echo(f"Error: {error}", err=True)
         codes = (EXIT_CODES[kind][0] for kind in type(error).__mro__ if kind in EXIT_CODES)
         raise click.exceptions.Exit(next(codes, 1)) from None
+
+
+@contextmanager
+def in_a_sentence(again: str = "the same command again") -> Iterator[None]:
+    """For a command that keeps what is done: it ends with one sentence where it can not go on.
+
+    Args:
+        again: What goes on where it stopped.
+    """
+    from neuroscope_vllm.cli.supervise import console
+
+    try:
+        yield
+    except errors.NeuroscopeError as error:
+        raise click.ClickException(str(error)) from None
+    except OSError as error:
+        raise click.ClickException(
+            f"{error.filename or 'a file'} can not be used ({error.strerror or error}); what is"
+            f" done is kept, so mend that and give {again}."
+        ) from None
+    except KeyboardInterrupt:
+        console.print(f"neuroscope: stopped; give {again} to go on")
+        raise click.exceptions.Exit(130) from None

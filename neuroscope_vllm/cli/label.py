@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from neuroscope_vllm.cli.failures import in_a_sentence
 from neuroscope_vllm.cli.llm_options import (
     DEFAULT_MODEL,
     KEYS_HELP,
@@ -72,12 +73,10 @@ def command(
 ) -> None:
     from neuroscope_vllm.cli.label_job import TOKENS, Job
     from neuroscope_vllm.cli.labels import named_sae
-    from neuroscope_vllm.cli.supervise import console
-    from neuroscope_vllm.core.errors import NeuroscopeError
 
     if sum((dry_run, batch_file is not None, ingest is not None)) > 1:
         raise click.UsageError("--dry-run, --batch-file and --ingest exclude each other.")
-    try:
+    with in_a_sentence():
         source = named_sae(sae)
         job = Job(source, open_examples(source), features=feature_list(features), **given)
         if job.labeller == TOKENS:
@@ -90,15 +89,6 @@ def command(
             found = job.write_batch(batch_file)
         else:
             found = job.ingest(ingest) if ingest is not None else job.ask()
-    except NeuroscopeError as error:
-        raise click.ClickException(str(error)) from None
-    except OSError as error:
-        raise click.ClickException(
-            f"{error.filename or 'a file'} can not be used: {error.strerror or error}."
-        ) from None
-    except KeyboardInterrupt:
-        console.print("neuroscope: stopped; give the same command again to go on")
-        raise click.exceptions.Exit(130) from None
     _print(found, as_json)
     if found.get("failed") or found.get("stopped"):
         raise click.exceptions.Exit(1)

@@ -93,6 +93,8 @@ def open_llm(
         raise click.UsageError(
             f"--base-url {base_url} is no address as in http://127.0.0.1:8080/v1."
         )
+    if urlsplit(base_url).password:
+        raise click.UsageError(f"--base-url holds a password, which would be shown. {KEYS_HELP}")
     if math.isnan(timeout):
         raise click.UsageError("--timeout nan is no number of seconds.")
     llm = LLM(

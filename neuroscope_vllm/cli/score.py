@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from neuroscope_vllm.cli.failures import in_a_sentence
 from neuroscope_vllm.cli.llm_options import KEYS_HELP, feature_list, llm_flags
 
 
@@ -58,13 +59,11 @@ def command(
     """
     from neuroscope_vllm.cli.labels import named_sae
     from neuroscope_vllm.cli.score_job import score
-    from neuroscope_vllm.cli.supervise import console
-    from neuroscope_vllm.core.errors import NeuroscopeError
 
     kinds = ["detection", "fuzzing"] if method == "both" else [method]
     if prompt is not None and len(kinds) > 1:
         raise click.UsageError("--prompt is for one method; give --method as well.")
-    try:
+    with in_a_sentence("the same command again, without --rescore,"):
         found = score(
             named_sae(sae),
             labeller,
@@ -74,17 +73,6 @@ def command(
             llm_options=llm_options,
             **rest,
         )
-    except NeuroscopeError as error:
-        raise click.ClickException(str(error)) from None
-    except OSError as error:
-        raise click.ClickException(
-            f"{error.filename or 'a file'} can not be used: {error.strerror or error}."
-        ) from None
-    except KeyboardInterrupt:
-        console.print(
-            "neuroscope: stopped; give the same command again, without --rescore, to go on"
-        )
-        raise click.exceptions.Exit(130) from None
     _print(found, as_json)
     if found.get("failed") or found.get("stopped"):
         raise click.exceptions.Exit(1)

@@ -1,4 +1,4 @@
-"""Servers that several commands are tried against: a tiny Llama in float32, right and wrong."""
+"""What tests of several commands share; the servers run a tiny Llama in float32."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from neuroscope_vllm.core.labels import Label, LabelSet
+from tests.support.collecting import write_corpus
 from tests.support.models import write_calibration
 from tests.support.served import SMALL, Served, start_neuroscope
 
@@ -51,3 +53,17 @@ def shifted(
 ) -> Iterator[Served]:
     log = tmp_path_factory.mktemp("verify") / "shifted.log"
     yield from serve(tiny_llama, tiny_sae, log, PYTHONPATH=str(SHIFTED_ROWS))
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """For tiny models, whose threads would wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def collected_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_corpus(tmp_path_factory.mktemp("corpus") / "texts.jsonl")

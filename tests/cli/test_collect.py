@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
-from collections.abc import Iterator
 from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,21 +34,9 @@ from tests.support.collecting import (
     collect,
     refused,
     run_here,
-    write_corpus,
 )
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_corpus(tmp_path_factory.mktemp("corpus") / "texts.jsonl")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -66,16 +53,20 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def collected(
-    tiny_gemma2: Path, saes: dict[int, Path], corpus: Path, data: dict[str, str]
+    tiny_gemma2: Path, saes: dict[int, Path], collected_corpus: Path, data: dict[str, str]
 ) -> list[dict[str, Any]]:
     """Two layers at once, by vLLM, where prompts come in chunks."""
     sources = ("--sae", saes[20], "--sae", saes[5])
-    return collect(tiny_gemma2, *sources, "--corpus", corpus, *WANTED, "--json", *EAGER, env=data)
+    return collect(
+        tiny_gemma2, *sources, "--corpus", collected_corpus, *WANTED, "--json", *EAGER, env=data
+    )
 
 
 @pytest.fixture(scope="module")
-def sequences(tiny_gemma2: Path, corpus: Path) -> list[list[int]]:
-    return samples_of(corpus, AutoTokenizer.from_pretrained(tiny_gemma2), MAX_TOKENS, SAMPLES)
+def sequences(tiny_gemma2: Path, collected_corpus: Path) -> list[list[int]]:
+    return samples_of(
+        collected_corpus, AutoTokenizer.from_pretrained(tiny_gemma2), MAX_TOKENS, SAMPLES
+    )
 
 
 class Truth(NamedTuple):
@@ -272,7 +263,7 @@ def test_what_is_said_of_the_collection(
     collected: list[dict[str, Any]],
     tiny_gemma2: Path,
     saes: dict[int, Path],
-    corpus: Path,
+    collected_corpus: Path,
     data: dict[str, str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -285,7 +276,7 @@ def test_what_is_said_of_the_collection(
         assert (about.layer, about.width) == (layer, len(store.features))
         assert (about.before, about.after, about.top, about.sample) == (BEFORE, AFTER, TOP, SAMPLE)
         assert (about.model, about.sae) == (str(tiny_gemma2), str(sae))
-        assert str(corpus) in about.corpus
+        assert str(collected_corpus) in about.corpus
         assert (about.samples, about.tokens) == (SAMPLES, found["tokens"])
         silent = sum(not summary.firings for summary in store.features)
         assert found["silent_features"] == silent
@@ -302,7 +293,7 @@ def test_what_is_said_of_the_collection(
 def test_the_calibration_says_what_a_sink_is(
     tiny_gemma2: Path,
     tiny_sae: Path,
-    corpus: Path,
+    collected_corpus: Path,
     sequences: list[list[int]],
     truths: dict[int, Truth],
     tmp_path: Path,
@@ -315,8 +306,8 @@ def test_the_calibration_says_what_a_sink_is(
         sae / "calibration.safetensors", width=512, sink_norm=cut
     )
     words = (
-        tiny_gemma2, "--sae", sae, "--backend", "transformers", "--corpus", corpus, *WANTED,
-        "--output", output, "--samples", 20,
+        tiny_gemma2, "--sae", sae, "--backend", "transformers", "--corpus", collected_corpus,
+        *WANTED, "--output", output, "--samples", 20,
     )  # fmt: skip
     assert run_here(*words).exit_code == 0
     store = ExampleStore(output)

@@ -5,13 +5,11 @@ from __future__ import annotations
 import os
 import random
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
 import pyarrow.parquet as pq
 import pytest
-import torch
 
 from neuroscope_vllm.core.artefacts import only_writer
 from neuroscope_vllm.core.examples import ExampleStore
@@ -26,26 +24,22 @@ from tests.support.collecting import (
     kill,
     refused,
     run_here,
-    write_corpus,
 )
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_corpus(tmp_path_factory.mktemp("corpus") / "texts.jsonl")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
-def quick(tiny_gemma2: Path, tiny_sae: Path, corpus: Path) -> tuple[object, ...]:
-    return (tiny_gemma2, "--sae", tiny_sae, "--backend", "transformers", "--corpus", corpus)
+def quick(tiny_gemma2: Path, tiny_sae: Path, collected_corpus: Path) -> tuple[object, ...]:
+    return (
+        tiny_gemma2,
+        "--sae",
+        tiny_sae,
+        "--backend",
+        "transformers",
+        "--corpus",
+        collected_corpus,
+    )
 
 
 def test_killed_three_times_it_ends_the_same(quick: tuple[object, ...], tmp_path: Path) -> None:
@@ -81,20 +75,20 @@ def assert_same(ours: Path, theirs: Path) -> None:
 
 
 def test_a_checkpoint_of_another_run_is_not_taken_for_this_ones(
-    quick: tuple[object, ...], corpus: Path, tmp_path: Path
+    quick: tuple[object, ...], collected_corpus: Path, tmp_path: Path
 ) -> None:
     """Nor what was done with other weights or other text."""
     sae, text, output = tmp_path / "sae", tmp_path / "texts.jsonl", tmp_path / "e"
     shutil.copytree(str(quick[2]), sae)
-    shutil.copy(corpus, text)
+    shutil.copy(collected_corpus, text)
     words = (quick[0], "--sae", sae, *quick[3:-1], text, *WANTED, "--output", output)
     checkpoint, kept = tmp_path / "e.checkpoint", tmp_path / "kept"
     assert kill(words, checkpoint, 0) >= 1
     shutil.copytree(checkpoint, kept)
     assert "is of another run" in refused(*words, "--top", 5)
-    text.write_text("\n".join(corpus.read_text().splitlines()[5:]))
+    text.write_text("\n".join(collected_corpus.read_text().splitlines()[5:]))
     assert "was begun on other text" in refused(*words)
-    shutil.copy(corpus, text)
+    shutil.copy(collected_corpus, text)
     for name in ("run", "000000"):
         content = (kept / name).read_bytes()
         for damaged in (content[: len(content) // 2], b""):
@@ -114,7 +108,7 @@ def test_a_checkpoint_of_another_run_is_not_taken_for_this_ones(
 
 
 def test_what_was_there_is_replaced_and_nothing_else_is(
-    quick: tuple[object, ...], corpus: Path, tmp_path: Path
+    quick: tuple[object, ...], collected_corpus: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "e"
     words = (*quick, "--output", output, "--samples")
@@ -126,8 +120,8 @@ def test_what_was_there_is_replaced_and_nothing_else_is(
     (tmp_path / "home" / "thesis.tex").write_text("years of work")
     assert "holds other things" in refused(*quick, "--output", tmp_path / "home")
     assert (tmp_path / "home" / "thesis.tex").exists()
-    assert "is a file" in refused(*quick, "--output", corpus)
-    assert "can not be made" in refused(*quick, "--output", corpus / "below")
+    assert "is a file" in refused(*quick, "--output", collected_corpus)
+    assert "can not be made" in refused(*quick, "--output", collected_corpus / "below")
     with only_writer(output):
         assert "another process is making" in refused(*words, 3)
     short = tmp_path / "short.txt"

@@ -329,17 +329,16 @@ class Sleeper:
 
 def test_a_cluster_of_ones_own_listens_on_loopback_only(cluster: Any) -> None:
     package = str(Path(cluster.__file__).parent)
-    family = [
-        process
-        for process in psutil.Process().children(recursive=True)
-        if (words := " ".join(process.cmdline())).startswith("ray::") or package in words
-    ]
-    listening = [
-        connection.laddr.ip
-        for process in family
-        for connection in process.net_connections("inet")
-        if connection.status == psutil.CONN_LISTEN
-    ]
+    listening = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # it has just ended
+            words = " ".join(process.cmdline())
+            if words.startswith("ray::") or package in words:
+                listening += [
+                    connection.laddr.ip
+                    for connection in process.net_connections("inet")
+                    if connection.status == psutil.CONN_LISTEN
+                ]
     assert listening
     assert {ip.removeprefix("::ffff:") for ip in listening} <= {"127.0.0.1", "::1"}
 

@@ -37,7 +37,7 @@ def family(served: Served) -> list[tuple[psutil.Process, list[str]]]:
     """All processes of the server, with their command lines."""
     found = []
     for process in psutil.Process(served.process.pid).children(recursive=True):
-        with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended
+        with contextlib.suppress(psutil.Error):  # it has just ended
             found.append((process, process.cmdline()))
     return found
 
@@ -230,7 +230,7 @@ def test_two_api_servers_share_one_side_process_and_two_layers_one_pass(
     finally:
         server.stop()
         for orphan in family:
-            with contextlib.suppress(psutil.NoSuchProcess):
+            with contextlib.suppress(psutil.Error):
                 orphan.kill()
 
 

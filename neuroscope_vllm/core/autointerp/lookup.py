@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from contextlib import AsyncExitStack
 from typing import Any
 
 import msgspec
 
 from neuroscope_vllm.core.autointerp.llm import LLM
 from neuroscope_vllm.core.autointerp.prices import listed_price
-from neuroscope_vllm.core.autointerp.providers import Refused, TryLater, open_provider
+from neuroscope_vllm.core.autointerp.providers import Refused, TryLater, list_models
 from neuroscope_vllm.core.errors import ConfigError
 
 MOST_NAMED = 8
@@ -29,11 +28,7 @@ async def look_up(llm: LLM) -> LLM:
     if llm.model and llm.price is not None:
         return llm
     try:
-        async with AsyncExitStack() as closing:
-            provider = open_provider(
-                llm.provider, llm.base_url, "", LIST_TIMEOUT_S, None, closing, needs_key=False
-            )
-            listed = await provider.models()
+        listed = await list_models(llm.base_url, LIST_TIMEOUT_S)
     except (Refused, TryLater) as error:
         if llm.model:
             return llm

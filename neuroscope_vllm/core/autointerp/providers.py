@@ -77,10 +77,6 @@ class Provider(Protocol):
         """
         ...
 
-    async def models(self) -> list[dict[str, Any]]:
-        """What the server lists. Raises Refused, TryLater."""
-        ...
-
 
 def open_provider(
     kind: str,
@@ -89,8 +85,6 @@ def open_provider(
     timeout: float,
     most: Price | None,
     closing: AsyncExitStack,
-    *,
-    needs_key: bool = True,
 ) -> Provider:
     """A client, closed with the stack.
 
@@ -102,7 +96,7 @@ def open_provider(
     """
     sdk = _package(kind)
     given = {"base_url": base_url, "timeout": timeout, "max_retries": 0}
-    key = api_key(base_url, needs_key) or "none"
+    key = api_key(base_url) or "none"
     if kind == "anthropic":
         client = sdk.AsyncAnthropic(api_key=key, **given)
         provider: Provider = _Anthropic(sdk, client, model)
@@ -185,9 +179,6 @@ class _OpenAI:
             }
         return routing
 
-    async def models(self) -> list[dict[str, Any]]:
-        return await _models(self._sdk, self._client)
-
 
 class _Anthropic:
     """Anthropic's messages, whose newer models choose the temperature themselves."""
@@ -216,13 +207,21 @@ class _Anthropic:
         except _MALFORMED as error:
             return unreadable(error)
 
-    async def models(self) -> list[dict[str, Any]]:
-        return await _models(self._sdk, self._client)
 
+async def list_models(base_url: str, timeout: float) -> list[dict[str, Any]]:
+    """What a server of OpenAI's API lists.
 
-async def _models(sdk: Any, client: Any) -> list[dict[str, Any]]:
+    Raises:
+        ConfigError: Its package is not installed.
+        Refused, TryLater: There is no list.
+    """
+    sdk = _package("openai")
+    key = api_key(base_url, is_needed=False) or "none"
     try:
-        sent = await client.models.with_raw_response.list()
+        async with sdk.AsyncOpenAI(
+            api_key=key, base_url=base_url, timeout=timeout, max_retries=0
+        ) as client:
+            sent = await client.models.with_raw_response.list()
         return msgspec.json.decode(sent.http_response.content, type=Models).data
     except sdk.APIError as error:
         raise _failure(sdk, error) from error
