@@ -32,6 +32,7 @@ _FLAGS = [
         help="What the SAE reads: residuals as they are (raw, the default), or divided by their RMS"
         " first, as the Neuroscope that this one follows does (rms; wrong for Gemma Scope).",
     ),
+    click.option("--steering", help="File with presets, directions, rules and limits of steering."),
     click.option("--features-host", help="Address of the feature stream (127.0.0.1)."),
     click.option("--features-port", type=int, help="Port of the feature stream (8081)."),
     click.option("--hub", help="Hub that runs apart: tcp://host:port or ipc://path."),

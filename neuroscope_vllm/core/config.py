@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -56,6 +56,8 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     """Endpoint of a side process that runs apart (ipc:// or tcp://); default: start one."""
     hub_keys: str | None = None
     """Key file of a tcp:// hub, on each host; `neuroscope keys` makes one."""
+    steering: str | None = None
+    """File with an operator's presets, directions, rules and limits of steering."""
     trace_requests: int = 512
     """Finished requests kept for replay."""
     memory_mb: int = 256
@@ -182,7 +184,8 @@ def from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
     return values
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path, known: Collection[str] = tuple(_FIELDS)) -> dict[str, Any]:
+    """A YAML file of `name: value` lines. Raises ConfigError, one sentence."""
     import yaml
 
     try:
@@ -197,14 +200,14 @@ def read_yaml(path: Path) -> dict[str, Any]:
         return {}
     if not isinstance(content, dict):
         raise ConfigError(f"config file {path} must hold `name: value` lines.")
-    return dict(_checked_keys(content, f"config file {path}"))
+    return dict(_checked_keys(content, f"config file {path}", known))
 
 
-def _checked_keys(values: Any, where: str) -> Any:
+def _checked_keys(values: Any, where: str, known: Collection[str] = tuple(_FIELDS)) -> Any:
     for name in values:
-        if name not in _FIELDS:
-            close = difflib.get_close_matches(str(name), _FIELDS, n=1)
-            hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(_FIELDS)}."
+        if name not in known:
+            close = difflib.get_close_matches(str(name), known, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}."
             raise ConfigError(f"{where} has an unknown key {name!r}; {hint}")
     return values
 

@@ -6,7 +6,7 @@ One Struct per event; `EVENTS` names them as the SSE `event:` line does. On NDJS
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
@@ -24,6 +24,15 @@ class Feature(msgspec.Struct, omit_defaults=True, gc=False):
     """The label scored little better than chance."""
 
 
+class SteeredFeature(msgspec.Struct, gc=False):
+    """A feature that is edited at this layer, on one token: its activation as the model computed it
+    and as the layers above get it."""
+
+    index: int
+    before: float
+    after: float
+
+
 class RequestEvent(msgspec.Struct, omit_defaults=True, gc=False):
     """First event of every choice. `created` is in unix seconds, `prompt_tokens` a count."""
 
@@ -38,6 +47,9 @@ class RequestEvent(msgspec.Struct, omit_defaults=True, gc=False):
     lora: str | None = None
     retold: bool = False
     """The side process was started again, or missed something, and tells this request anew."""
+    steering: dict[str, Any] | None = None
+    """How it is steered: edits, rules, doses (largest change of each layer over the usual
+    residual's norm) and warnings."""
     beam: bool = False
     """One step of beam `choice`: beam search runs a new request per token and beam, each with
     all tokens so far as its prompt."""
@@ -69,6 +81,8 @@ class TokenEvent(msgspec.Struct, omit_defaults=True, gc=False):
     """An attention sink: its residual norm drowns every feature, so none is ranked."""
     internal_id: str | None = None
     """The engine's id; tells two requests apart that a client gave the same id."""
+    steered: list[SteeredFeature] = []
+    """Features that were edited here; none where the token is cached."""
 
 
 GapReason = Literal["dropped", "slow_reader", "evicted", "restarted"]
@@ -91,6 +105,23 @@ class GapEvent(
     start: int | None = None
     stop: int | None = None
     count: int | None = None
+    internal_id: str | None = None
+
+
+class RuleEvent(msgspec.Struct, omit_defaults=True, gc=False):
+    """The token at `position` met the condition of a rule: `feature` of `layer` was that active."""
+
+    request_id: str
+    choice: int
+    position: int
+    rule: str
+    layer: int
+    feature: int
+    activation: float
+    label: str | None = None
+    tag: str | None = None
+    stop: bool = False
+    """The answer ends."""
     internal_id: str | None = None
 
 
@@ -135,6 +166,7 @@ EVENTS: dict[str, type[msgspec.Struct]] = {
     "request": RequestEvent,
     "prompt": TokenEvent,
     "token": TokenEvent,
+    "rule": RuleEvent,
     "gap": GapEvent,
     "done": DoneEvent,
     "error": ErrorEvent,

@@ -11,15 +11,17 @@ from typing import Any, Literal
 
 import msgspec
 
+from neuroscope_vllm.core.steering.asked import Asked
+
 KEY = "neuroscope"
 _EXPECTED = (
-    'give a JSON object in a string, as in "{\\"prompt_features\\": \\"all\\"}" (prompt_features is'
-    " available or all)"
+    'give a JSON object in a string, as in "{\\"steer\\": [{\\"op\\": \\"add\\", \\"feature\\": 12,'
+    ' \\"value\\": 40}]}"; known are prompt_features (available or all), steer, preset and rules'
 )
 
 
-class RequestOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Options of one request."""
+class RequestOptions(Asked, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Options of one request: how it is steered, and which features it gets."""
 
     prompt_features: Literal["available", "all"] = "available"
     """`all`: run every prompt token, whatever the prefix cache holds; slower to the first token."""

@@ -13,13 +13,15 @@ Encoding is msgpack through msgspec, typed on both ends; arrays travel as little
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from neuroscope_vllm.core.sae.info import SAEInfo
 
-WIRE_VERSION = 3
+WIRE_VERSION = 4
 
 
 class Site(msgspec.Struct, frozen=True):
@@ -104,6 +106,11 @@ class RequestStarted(msgspec.Struct, tag="request"):
     """One step of one beam: beam search runs a new request for every token of every beam."""
     prefix_root: bytes = b""
     """Requests of equal root may share prefix-cache blocks: a digest of LoRA and cache salt."""
+    edited_from: int | None = None
+    """From this position on, only with requests of an equal `edit_salt`."""
+    edit_salt: bytes = b""
+    steering: dict[str, Any] | None = None
+    """How it is steered, for readers; `Steering.describe`."""
 
 
 class RequestScheduled(msgspec.Struct, tag="scheduled"):
@@ -172,6 +179,29 @@ class LayerFeatures(msgspec.Struct):
     sink: bytes  # uint8[n], 1 for attention sinks (their features are not ranked)
 
 
+class SteeredRows(msgspec.Struct):
+    """Activations of the features that are edited at one layer in the rows of one span; NaN where
+    the edit was not in force."""
+
+    span: int  # of StepFeatures.spans
+    layer: int
+    features: list[int]
+    before: bytes  # float32[rows of the span, len(features)], in the residual's own units
+    after: bytes  # likewise
+
+
+class RuleHit(msgspec.Struct):
+    """A token met the condition of one of its request's rules."""
+
+    row: int
+    layer: int
+    feature: int
+    activation: float
+    rule: str
+    tag: str | None = None
+    stop: bool = False
+
+
 class StepFeatures(msgspec.Struct, tag="features"):
     """Features of every row of one forward pass. Rows may turn out not to stand.
 
@@ -187,6 +217,8 @@ class StepFeatures(msgspec.Struct, tag="features"):
     """Counts the engine's forward passes; the same on all pipeline stages."""
     num_layers: int
     """Layers observed on all stages together."""
+    steered: list[SteeredRows] = []
+    hits: list[RuleHit] = []
 
 
 class Goodbye(msgspec.Struct, tag="goodbye"):

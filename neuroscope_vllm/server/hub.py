@@ -176,7 +176,13 @@ class Hub:
         for name in trace.aliases:
             for reader in self._by_name.get(name, ()):
                 reader.attach(trace)
-        items = self.join.start(internal_id, narrator.prompt_ids, started.prefix_root)
+        items = self.join.start(
+            internal_id,
+            narrator.prompt_ids,
+            started.prefix_root,
+            started.edited_from,
+            started.edit_salt,
+        )
         choice = self.join.get(internal_id)
         assert choice is not None
         self._open[internal_id] = _Open(narrator, choice, trace)

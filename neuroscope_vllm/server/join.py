@@ -252,9 +252,17 @@ class Join:
         """Whether a choice of this id came to its end, not too long ago."""
         return internal_id in self._ended
 
-    def start(self, internal_id: str, prompt_ids: list[int], prefix_root: bytes) -> list[Item]:
-        """A choice begins; rows that came first are placed as soon as it is scheduled."""
-        walk = PrefixWalk(self._prefixes, prefix_root)
+    def start(
+        self,
+        internal_id: str,
+        prompt_ids: list[int],
+        prefix_root: bytes,
+        edited_from: int | None = None,
+        salt: bytes = b"",
+    ) -> list[Item]:
+        """A choice begins; rows that came first are placed as soon as it is scheduled. The rest:
+        as in `PrefixWalk`."""
+        walk = PrefixWalk(self._prefixes, prefix_root, edited_from, salt)
         choice = self._choices[internal_id] = Choice(prompt_ids, walk, self.counters)
         self._ended.pop(internal_id, None)
         out: list[Item] = []

@@ -85,6 +85,7 @@ class Narrator:
             dp_rank=started.dp_rank,
             lora=started.lora,
             retold=retold,
+            steering=started.steering,
             beam=started.beam,
         )
         return "request", None, event
@@ -112,12 +113,17 @@ class Narrator:
         make = events.TokenEvent
         row = placed.row
         known = placed.rows.layers if placed.rows is not None else []
+        steered = placed.rows.steered if placed.rows is not None else {}
         for rows in known:
             yield name, rows.layer, make(
                 started.request_id, started.choice, token_index, position, text,
                 placed.token_id, rows.layer, self._features(rows, row), rows.l0[row], "self", phase,
                 placed.cached, bool(rows.sink[row]), started.internal_id,
+                steered.get((row, rows.layer), []),
             )  # fmt: skip
+        if placed.rows is not None:
+            for hit in placed.rows.hits.get(row, ()):
+                yield "rule", hit.layer, self._rule(position, hit)
         if known and len(known) >= len(self.started.layers):
             return
         missing = set(self.started.layers).difference(rows.layer for rows in known)
@@ -155,6 +161,21 @@ class Narrator:
             )
             if index >= 0
         ]
+
+    def _rule(self, position: int, hit: wire.RuleHit) -> events.RuleEvent:
+        return events.RuleEvent(
+            request_id=self.started.request_id,
+            choice=self.started.choice,
+            position=position,
+            rule=hit.rule,
+            layer=hit.layer,
+            feature=hit.feature,
+            activation=hit.activation,
+            label=self.label_of(hit.layer, hit.feature),
+            tag=hit.tag,
+            stop=hit.stop,
+            internal_id=self.started.internal_id,
+        )
 
     def _gap(self, gap: Gap) -> events.GapEvent:
         return events.GapEvent(

@@ -62,11 +62,20 @@ class PrefixWalk:
     Positions are taken in order, from 0, each once.
     """
 
-    def __init__(self, cache: PrefixCache, root: bytes) -> None:
+    def __init__(
+        self, cache: PrefixCache, root: bytes, edited_from: int | None = None, salt: bytes = b""
+    ) -> None:
+        """Blocks that end past `edited_from` are those of requests with an equal `salt`."""
         self._cache = cache
         self._digest = root
+        self._end = 0  # of the blocks that are whole
+        self._edited_from, self._salt = edited_from, salt
         self._ids = array("i")  # of the block that has begun
         self._rows: list[tuple[Rows, int]] = []  # likewise; fewer where a row is missing
+
+    def edit_from(self, position: int, salt: bytes) -> None:
+        """It is steered otherwise from now on."""
+        self._edited_from, self._salt = position, salt
 
     def add(self, token_id: int, rows: Rows | None, row: int) -> None:
         """The next position and its row, None if it has none."""
@@ -102,7 +111,10 @@ class PrefixWalk:
 
     def _turn(self) -> None:
         """The block is whole: its digest covers all tokens up to its end."""
-        self._digest = hashlib.blake2b(self._digest + self._ids.tobytes(), digest_size=16).digest()
+        self._end += BLOCK
+        edited = self._edited_from is not None and self._end > self._edited_from
+        what = self._digest + self._ids.tobytes() + (self._salt if edited else b"")
+        self._digest = hashlib.blake2b(what, digest_size=16).digest()
         self._ids = array("i")
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from math import isnan
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from neuroscope_vllm.core import wire
+from neuroscope_vllm.core.events import SteeredFeature
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,11 +28,16 @@ class LayerRows:
 
 
 class Rows(NamedTuple):
-    """All rows of one step message."""
+    """All rows of one step message.
+
+    `steered` is by row and layer, `hits` by row.
+    """
 
     positions: list[int]
     token_ids: list[int]
     layers: list[LayerRows]
+    steered: Mapping[tuple[int, int], list[SteeredFeature]] = MappingProxyType({})
+    hits: Mapping[int, list[wire.RuleHit]] = MappingProxyType({})
 
 
 def unpack(message: wire.StepFeatures) -> Rows:
@@ -44,7 +53,31 @@ def unpack(message: wire.StepFeatures) -> Rows:
     layers = [
         unpack_layer(layer, rows) for layer in sorted(message.layers, key=lambda one: one.layer)
     ]
-    return Rows(positions.tolist(), token_ids.tolist(), layers)
+    steered, hits = {}, {}
+    for part in message.steered:
+        steered |= _steered(part, message.spans)
+    for hit in message.hits:
+        hits.setdefault(hit.row, []).append(hit)
+    return Rows(positions.tolist(), token_ids.tolist(), layers, steered, hits)
+
+
+def _steered(
+    message: wire.SteeredRows, spans: list[wire.Span]
+) -> dict[tuple[int, int], list[SteeredFeature]]:
+    span = spans[message.span]
+    shape = (span.stop - span.start, len(message.features))
+    before = _shortest(wire.float32(message.before).reshape(shape))
+    after = _shortest(wire.float32(message.after).reshape(shape))
+    found = {}
+    for row, values in enumerate(zip(before, after, strict=True), span.start):
+        changed = [
+            SteeredFeature(*one)
+            for one in zip(message.features, *values, strict=True)
+            if not isnan(one[1])
+        ]
+        if changed:
+            found[row, message.layer] = changed
+    return found
 
 
 def unpack_layer(message: wire.LayerFeatures, rows: int) -> LayerRows:

@@ -65,4 +65,9 @@ class Stages:
 def _merged(one: wire.StepFeatures, other: wire.StepFeatures) -> wire.StepFeatures:
     if (one.positions, one.token_ids) != (other.positions, other.token_ids):
         raise ValueError(f"pipeline stages disagree about the rows of step {one.step}")
-    return msgspec.structs.replace(one, layers=[*one.layers, *other.layers])
+    return msgspec.structs.replace(
+        one,
+        layers=[*one.layers, *other.layers],
+        steered=[*one.steered, *other.steered],
+        hits=[*one.hits, *other.hits],
+    )

@@ -95,3 +95,4 @@ def _shift(token: events.TokenEvent, previous: events.TokenEvent | None) -> None
     token.top_features = previous.top_features if previous else []
     token.l0 = previous.l0 if previous else None
     token.sink = previous.sink if previous else False
+    token.steered = previous.steered if previous else []

@@ -24,8 +24,10 @@ def test_failures_are_counted_and_shown_and_pass(tiny_sae: Any) -> None:
     sent: list[Any] = []
     pipeline = EncodePipeline([encoder], sent.append, engine="e", num_layers=1, max_pending_rows=64)
     rows = torch.arange(3)
-    good = StepView(["a"], [0, 3], positions=rows, token_ids=rows)
-    bad = StepView(["a"], [0, 3], positions=rows[:1], token_ids=rows)  # does not fit its rows
+    good = StepView(["a"], [0, 3], positions=rows, token_ids=rows, first_positions=[0])
+    bad = StepView(
+        ["a"], [0, 3], positions=rows[:1], token_ids=rows, first_positions=[0]
+    )  # does not fit its rows
     pipeline.submit(bad)
     assert pipeline.failing
     assert (pipeline.counters["rows_failed"], sent) == (3, [])
@@ -60,7 +62,7 @@ def test_what_leaves_the_worker_is_what_saelens_computes(
     encoders = [LayerEncoder(20, buffer, topk, 500.0)]
     pipeline = EncodePipeline(encoders, sent.append, engine="e", num_layers=1, max_pending_rows=64)
     at = torch.arange(40)
-    pipeline.submit(StepView(["a"], [0, 40], positions=at, token_ids=at))
+    pipeline.submit(StepView(["a"], [0, 40], positions=at, token_ids=at, first_positions=[0]))
     message = sent[0].layers[0]
     index = np.frombuffer(message.index, np.int32).reshape(40, 4)
     activation = np.frombuffer(message.activation, np.float32).reshape(40, 4)

@@ -30,7 +30,7 @@ class Scheduler:
     def schedule(self, new: list[Any]) -> Any:
         return SimpleNamespace(scheduled_new_reqs=new)
 
-    def update_from_output(self, outputs: list[Any]) -> Any:
+    def update_from_output(self, scheduled: Any, outputs: list[Any]) -> Any:
         return {0: SimpleNamespace(outputs=outputs)}
 
     def finish_requests(self, request_ids: Any, status: Any) -> str:
@@ -72,7 +72,7 @@ def end(scheduler: Scheduler, name: str) -> None:
         finish_reason=FinishReason.LENGTH,
         stop_reason=None,
     )
-    scheduler.update_from_output([output])
+    scheduler.update_from_output(None, [output])
 
 
 def resync(tap: SchedulerTap) -> list[str]:
@@ -125,7 +125,7 @@ def test_what_can_not_be_told_harms_no_step(scheduler: Scheduler, tap: Scheduler
     tap.started(SimpleNamespace())
     strange = SimpleNamespace(request_id="a-01234567")
     tap.started(request("a"))
-    assert scheduler.update_from_output([strange])[0].outputs == [strange]
+    assert scheduler.update_from_output(None, [strange])[0].outputs == [strange]
     assert scheduler.schedule([strange]).scheduled_new_reqs == [strange]
     assert scheduler.finish_requests("a-01234567", "no status") == "finished"
     assert tap._sender.counters["messages_missed"] == 4

@@ -292,7 +292,7 @@ def test_expected_l0_comes_from_the_calibration_or_the_publishers_path(sae: SAE)
 
 def step(request_id: str, start: int, count: int) -> StepView:
     positions = torch.arange(start, start + count)
-    return StepView([request_id], [0, count], positions=positions, token_ids=positions)
+    return StepView([request_id], [0, count], positions, positions, first_positions=[0])
 
 
 def test_steps_before_it_and_its_own_go_nowhere_and_chunks_are_joined(

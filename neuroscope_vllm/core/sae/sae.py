@@ -117,7 +117,7 @@ class SAE:
                 f"SAE {self.info.source} normalises each row by itself ({self.info.input_norm}), "
                 f"so activations alone do not say how large a row was; give decode the rows too."
             )
-        mean, scale = _row_norm(of.float(), self.info.input_norm)
+        mean, scale = row_norm(of.float(), self.info.input_norm)
         return x * scale + mean
 
     def reading_rms(self) -> SAE:
@@ -169,13 +169,13 @@ def normalise_rows(x: Tensor, input_norm: str | None) -> Tensor:
     """
     if input_norm is None:
         return x
-    mean, scale = _row_norm(x, input_norm)
+    mean, scale = row_norm(x, input_norm)
     if input_norm == LAYER_NORM:
         return (x - mean) / (scale + LAYER_NORM_EPS)
     return x / scale
 
 
-def _row_norm(x: Tensor, input_norm: str) -> tuple[Tensor | float, Tensor]:
+def row_norm(x: Tensor, input_norm: str) -> tuple[Tensor | float, Tensor]:
     """(mean, scale) of each row, as SAELens computes them: its layer_norm is unbiased."""
     if input_norm == LAYER_NORM:
         return x.mean(dim=1, keepdim=True), x.std(dim=1, keepdim=True)

@@ -8,8 +8,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from neuroscope_vllm.core.request import request_options
-from neuroscope_vllm.engine.vllm.ids import CHOICES
+from neuroscope_vllm.core.request import KEY, request_options
+from neuroscope_vllm.core.steering.catalogue import Catalogue
+from neuroscope_vllm.core.steering.settle import Refused, settle
+from neuroscope_vllm.engine.vllm.ids import CHOICES, STEERING
+
+_OURS = (CHOICES, STEERING)
+_catalogues: list[Catalogue] = []  # at most one: what this front process's engine steers with
+
+
+def steer_with(catalogue: Catalogue) -> None:
+    """Requests of this process are checked against it from now on."""
+    _catalogues[:] = [catalogue]
 
 
 def admit(params: Any) -> None:
@@ -17,10 +27,25 @@ def admit(params: Any) -> None:
 
     For processes that take requests from clients. A copy of admitted params may come again.
     """
-    options = request_options(params.extra_args)
-    if not isinstance((params.extra_args or {}).get(CHOICES, {}), dict):
-        raise ValueError(f"vllm_xargs.{CHOICES} is reserved; leave it out.")
+    given = params.extra_args or {}
+    options = request_options(given)
+    for name in _OURS:
+        if not isinstance(given.get(name, {}), dict):
+            raise ValueError(f"vllm_xargs.{name} is reserved; leave it out.")
+    noted: dict[str, Any] = {}
+    if _catalogues:
+        try:
+            steering = settle(options, _catalogues[0])
+        except Refused as refusal:
+            raise ValueError(f"vllm_xargs.{KEY}.{refusal}") from None
+        if steering is not None:
+            noted[STEERING] = steering.to_dict()
+            if steering.reads_prompt:
+                params.skip_reading_prefix_cache = True
     if options.prompt_features == "all":
         params.skip_reading_prefix_cache = True
     if params.n > 1:
-        params.extra_args = {**(params.extra_args or {}), CHOICES: {"n": params.n}}
+        noted[CHOICES] = {"n": params.n}
+    if noted or STEERING in given:
+        kept = {name: value for name, value in given.items() if name != STEERING}
+        params.extra_args = {**kept, **noted}

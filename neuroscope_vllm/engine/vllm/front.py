@@ -15,6 +15,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from vllm.config import ModelConfig, VllmConfig
 
 from neuroscope_vllm.core import launch
@@ -25,7 +26,10 @@ from neuroscope_vllm.core.keys import check_reachable, hub_endpoint
 from neuroscope_vllm.core.sae import check_fits, load_sae
 from neuroscope_vllm.core.sae.info import SAEInfo
 from neuroscope_vllm.core.sae.observed import calibration_of, check_calibration, named, observed
-from neuroscope_vllm.engine.vllm import plugin
+from neuroscope_vllm.core.steering import catalogue as steering
+from neuroscope_vllm.core.steering.asked import Asked
+from neuroscope_vllm.core.steering.settle import Refused, settle
+from neuroscope_vllm.engine.vllm import admission, plugin
 from neuroscope_vllm.engine.vllm.refusals import check_served, warnings
 from neuroscope_vllm.engine.vllm.settings import KEY, SiteSettings, WorkerSettings, given_flags
 
@@ -71,7 +75,12 @@ def create_engine_config(original: Any, engine_args: Any, *args: Any, **kwargs: 
         vllm_config = original(engine_args, *args, **kwargs)
         check_served(vllm_config)
         settings = named(settings, vllm_config.model_config.model)
-        sites = _sites(settings, vllm_config.model_config)
+        if settings.steering is not None:  # workers have another working directory
+            where = str(Path(settings.steering).resolve())
+            settings = msgspec.structs.replace(settings, steering=where)
+        sites, steered = _sites(settings, vllm_config.model_config)
+        if streams:
+            admission.steer_with(_catalogue(settings, steered, vllm_config))
         endpoint = _endpoint(hub, settings, vllm_config, listener, sites) if streams else None
     except NeuroscopeError as error:
         if serving:
@@ -104,23 +113,46 @@ def check_sites(sites: dict[int, SAEInfo], model: ModelConfig) -> None:
         )
 
 
-def _sites(settings: Settings, model: ModelConfig) -> list[SiteSettings]:
+def _sites(
+    settings: Settings, model: ModelConfig
+) -> tuple[list[SiteSettings], dict[int, steering.Site]]:
+    """The layers to observe, and what there is to steer them with."""
     found = observed(settings)
     check_sites(found, model)
-    sites = []
+    sites, steered = [], {}
     for i, (layer, info) in enumerate(found.items()):
         source = settings.sae[i]
         calibrated = None
         if not _passes_only.get():  # what makes calibrations needs none
             calibrated = calibration_of(settings, i, info)
             _check_ranking(settings, info, calibrated is not None)
-        if RUNTIME_VARIABLE not in os.environ:
-            sae = load_sae(source)  # finds NaN and truncation now rather than in a worker
-            if calibrated is not None:
-                check_calibration(*calibrated, sae, model.model)
+        sae = load_sae(source)  # finds NaN and truncation now rather than in a worker
+        if calibrated is not None:
+            check_calibration(*calibrated, sae, model.model)
+        steered[layer] = steering.Site.of(sae, calibrated[1] if calibrated else None)
         calibration = str(calibrated[0]) if calibrated else None
         sites.append(SiteSettings(layer, pinned(source, info.revision), info, calibration))
-    return sorted(sites, key=lambda site: site.layer)
+    return sorted(sites, key=lambda site: site.layer), steered
+
+
+def _catalogue(
+    settings: Settings, sites: dict[int, steering.Site], vllm_config: VllmConfig
+) -> steering.Catalogue:
+    """Raises ConfigError if the operator's file can not be used with this model."""
+    operator = steering.Operator.load(settings.steering)
+    catalogue = steering.Catalogue.build(
+        sites,
+        operator,
+        d_model=vllm_config.model_config.get_hidden_size(),
+        staged=vllm_config.parallel_config.pipeline_parallel_size > 1,
+    )
+    try:
+        settle(Asked(), catalogue)
+        for name in operator.presets:
+            settle(Asked(preset=name), catalogue)
+    except Refused as refusal:
+        raise ConfigError(f"steering file {settings.steering}: {refusal}") from None
+    return catalogue
 
 
 def _check_ranking(settings: Settings, info: SAEInfo, calibrated: bool) -> None:

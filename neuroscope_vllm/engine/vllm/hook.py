@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from neuroscope_vllm.engine.vllm.settings import worker_settings
+from neuroscope_vllm.engine.vllm.steer_tables import SteerTables
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -31,20 +32,28 @@ torch.library.register_fake("neuroscope::observe", lambda hidden, residual, buff
 
 
 class ActivationHook(nn.Module):
-    """Called after every decoder layer; keeps resid_post of the observed ones.
+    """Called after every decoder layer; steers at the observed ones, then keeps resid_post.
 
     resid_post of a layer is `hidden + residual` as the layer returns them: vLLM adds the MLP
     branch lazily, in the next norm. Both live tensors go into the op, for a sum computed outside
     would be dead code to torch.compile and the buffer would stay zero.
     """
 
-    def __init__(self, layers: list[int], num_rows: int, d_model: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        layers: list[int],
+        num_rows: int,
+        d_model: int,
+        dtype: torch.dtype,
+        steering: SteerTables | None = None,
+    ) -> None:
         super().__init__()
         for layer in layers:
             self.register_buffer(
                 _name(layer), torch.zeros(num_rows, d_model, dtype=dtype), persistent=False
             )
         self.layers = layers
+        self.steering = steering
 
     @classmethod
     def for_model(cls, vllm_config: VllmConfig, start_layer: int, end_layer: int) -> ActivationHook:
@@ -52,14 +61,21 @@ class ActivationHook(nn.Module):
         settings = worker_settings(vllm_config)
         wanted = settings.layers if settings else []
         model = vllm_config.model_config
-        return cls(
-            layers=[layer for layer in wanted if start_layer <= layer < end_layer],
-            num_rows=max_rows(vllm_config),
-            d_model=model.get_hidden_size(),
-            dtype=model.dtype,
-        )
+        layers = [layer for layer in wanted if start_layer <= layer < end_layer]
+        num_rows, d_model = max_rows(vllm_config), model.get_hidden_size()
+        steering = None
+        if settings is not None and settings.steered and layers:
+            steering = SteerTables(
+                {layer: settings.input_norm(layer) for layer in layers},
+                num_rows=num_rows,
+                d_model=d_model,
+                entries=vllm_config.scheduler_config.max_num_seqs,
+            )
+        return cls(layers, num_rows, d_model, model.dtype, steering)
 
     def forward(self, layer: int, hidden: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        if self.steering is not None:
+            self.steering.steer(layer, hidden, residual)
         buffer = self._buffers.get(_name(layer))
         if buffer is not None:
             torch.ops.neuroscope.observe(hidden, residual, buffer)

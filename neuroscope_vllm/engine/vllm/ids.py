@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 CHOICES = "neuroscope_n"
 """Where `admission` leaves `{"n": n}`, for a request's children, which no longer know it. Clients
 can send no objects in `vllm_xargs`."""
+STEERING = "neuroscope_steering"
+"""Where `admission` leaves what a request's steering comes to, as a dict."""
 MAX_CHOICES = 1 << 16
 
 _CHILD = re.compile(r"^(\d+)_")

@@ -17,14 +17,17 @@ import queue
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from neuroscope_vllm.core import wire
 from neuroscope_vllm.core.sae.encoder import TopKEncoder
+from neuroscope_vllm.engine.vllm.steer_report import SpanSteering, rule_hits, steered_rows
 from neuroscope_vllm.engine.vllm.step import StepView
 
 logger = logging.getLogger(__name__)
@@ -79,6 +82,7 @@ class _Job:
     step: StepView  # its tensors are copies if the encode runs beside the next step
     rows: list[Tensor]  # one per layer encoder; likewise
     ready: torch.cuda.Event | None
+    steered: list[SpanSteering]
 
 
 class EncodePipeline:
@@ -96,8 +100,13 @@ class EncodePipeline:
         engine: str,
         num_layers: int,
         max_pending_rows: int,
+        stop: Callable[[str, str], object] = lambda request_id, rule: None,
     ) -> None:
-        """`num_layers`: observed layers of the whole model, on other pipeline stages included."""
+        """
+        Args:
+            num_layers: Observed layers of the whole model, on other pipeline stages included.
+            stop: Called with a request's internal id and the rule that ends it.
+        """
         self.counters: Counter[str] = Counter()
         self.failing = False  # the last step could not be encoded
         self._encoders = encoders
@@ -106,6 +115,7 @@ class EncodePipeline:
         self._num_layers = num_layers
         self._device = encoders[0].rows.device
         self._max_pending_rows = max_pending_rows
+        self._stop = stop
         self._pending_rows = 0
         self._lock = threading.Lock()
         self._jobs: queue.SimpleQueue[_Job] = queue.SimpleQueue()
@@ -114,7 +124,7 @@ class EncodePipeline:
             self._thread = threading.Thread(target=self._run, name="neuroscope-encode", daemon=True)
             self._thread.start()
 
-    def submit(self, step: StepView) -> None:
+    def submit(self, step: StepView, steered: Sequence[SpanSteering] = ()) -> None:
         """Take the step's rows, which the hook's buffers hold until the next step."""
         began = time.perf_counter()
         count = step.num_rows
@@ -124,7 +134,7 @@ class EncodePipeline:
         rows = [encoder.rows[:count] for encoder in self._encoders]
         if self._thread is None:
             with torch.inference_mode():
-                self._finish(_Job(number, step, rows, None))
+                self._finish(_Job(number, step, rows, None, list(steered)))
         elif self._admit(count):
             copied = dataclasses.replace(
                 step,
@@ -134,7 +144,7 @@ class EncodePipeline:
             rows = [layer_rows.clone() for layer_rows in rows]
             ready = torch.cuda.Event()
             ready.record()
-            self._jobs.put(_Job(number, copied, rows, ready))
+            self._jobs.put(_Job(number, copied, rows, ready, list(steered)))
         self.counters["submit_us"] += _microseconds_since(began)
 
     def _admit(self, count: int) -> bool:
@@ -196,7 +206,27 @@ class EncodePipeline:
             layers=layers,
             step=job.number,
             num_layers=self._num_layers,
+            **self._steering(job),
         )
+
+    def _steering(self, job: _Job) -> dict[str, Any]:
+        """What was edited, and which rules were met; those that stop are noted."""
+        steered: list[wire.SteeredRows] = []
+        hits: list[wire.RuleHit] = []
+        # One copy, as of the rows.
+        parts = [part.found.flatten() for part in job.steered]
+        flat = _to_host(torch.cat(parts)).numpy() if parts else np.empty(0, np.float32)
+        at = 0
+        for part in job.steered:
+            found = flat[at : at + part.found.numel()].reshape(part.found.shape)
+            at += part.found.numel()
+            steered += steered_rows(part, found)
+            met = rule_hits(part, found)
+            for hit in met:
+                if hit.stop:
+                    self._stop(job.step.request_ids[part.span], hit.rule)
+            hits += met
+        return {"steered": steered, "hits": hits}
 
 
 def _microseconds_since(began: float) -> int:

@@ -116,6 +116,9 @@ def _scheduler_init(original: Any, scheduler: Any, *args: Any, **kwargs: Any) ->
 
 
 def _preprocess_add_request(original: Any, engine_core: Any, request: Any) -> Any:
+    from neuroscope_vllm.engine.vllm import prefix_salt
+
+    prefix_salt.salt_whole(request)
     tap = getattr(engine_core.scheduler, "neuroscope_tap", None)
     if tap is not None:
         tap.started(request)
@@ -132,9 +135,15 @@ def _sampling_params(original: Any, params: Any) -> None:
 
 
 def _engine_core_init(original: Any, engine_core: Any, *args: Any, **kwargs: Any) -> None:
-    from neuroscope_vllm.engine.vllm import self_test
+    from neuroscope_vllm.engine.vllm import prefix_salt, self_test
+    from neuroscope_vllm.engine.vllm.settings import worker_settings
 
     original(engine_core, *args, **kwargs)
+    settings = worker_settings(engine_core.vllm_config)
+    if settings is not None and settings.steered and engine_core.request_block_hasher is not None:
+        engine_core.request_block_hasher = prefix_salt.salting(
+            engine_core.request_block_hasher, engine_core.scheduler.hash_block_size
+        )
     try:
         self_test.run(engine_core)
     except self_test.SelfTestFailed as failure:

@@ -20,10 +20,13 @@ from typing import Any, TypeVar
 import msgspec
 import numpy as np
 from vllm.config import VllmConfig
+from vllm.v1.request import RequestStatus
 
 from neuroscope_vllm.core import wire
 from neuroscope_vllm.core.sender import Sender
+from neuroscope_vllm.engine.vllm import rule_stops
 from neuroscope_vllm.engine.vllm.ids import identify
+from neuroscope_vllm.engine.vllm.prefix_salt import steering_of
 from neuroscope_vllm.engine.vllm.settings import (
     WorkerSettings,
     engine_name,
@@ -89,6 +92,8 @@ class SchedulerTap:
         if params is None or request.prompt_token_ids is None or request.resumable:
             return  # pooling, embeddings in place of tokens, a prompt that grows: not observed
         who = identify(request.request_id, request.external_req_id, params)
+        steering = steering_of(params)
+        edited = steering.first_edited(len(request.prompt_token_ids)) if steering else None
         started = wire.RequestStarted(
             internal_id=request.request_id,
             request_id=who.request_id,
@@ -106,6 +111,9 @@ class SchedulerTap:
             lora=request.lora_request.lora_name if request.lora_request else None,
             beam=who.beam,
             prefix_root=_prefix_root(request),
+            edited_from=edited,
+            edit_salt=steering.digest.encode() if steering else b"",
+            steering=steering.describe() if steering else None,
         )
         with self._lock:
             self._live[started.internal_id] = wire.Live(started, [])
@@ -121,8 +129,10 @@ class SchedulerTap:
             self._scheduled(output.scheduled_new_reqs)
             return output
 
-        def update_and_report(*args: Any, **kwargs: Any) -> Any:
-            outputs = update_from_output(*args, **kwargs)
+        def update_and_report(scheduler_output: Any, model_output: Any, *args: Any) -> Any:
+            outputs = update_from_output(scheduler_output, model_output, *args)
+            for request_id in rule_stops.end(scheduler, model_output, outputs):
+                finish_requests(request_id, RequestStatus.FINISHED_STOPPED)
             self._accepted(output for client in outputs.values() for output in client.outputs)
             return outputs
 

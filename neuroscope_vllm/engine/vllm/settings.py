@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from neuroscope_vllm.core.config import Settings
-from neuroscope_vllm.core.sae.info import SAEInfo
+from neuroscope_vllm.core.sae.info import RMS, SAEInfo
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 KEY = "neuroscope"
-GRAPH_VERSION = 1
+GRAPH_VERSION = 2
 """Raise when what the hook adds to the compiled graph changes."""
 
 
@@ -42,10 +42,23 @@ class WorkerSettings(msgspec.Struct, frozen=True):
     def layers(self) -> list[int]:
         return [site.layer for site in self.sites]
 
+    @property
+    def steered(self) -> bool:
+        """Whether requests may steer: an engine for corpus passes has none that could."""
+        return self.endpoint is not None
+
+    def input_norm(self, layer: int) -> str | None:
+        """How rows are normalised before the layer's SAE encodes them, as in `SAEInfo`."""
+        (info,) = (site.info for site in self.sites if site.layer == layer)
+        if info.input_norm is None and self.settings.sae_input == "rms":
+            return RMS
+        return info.input_norm
+
     def graph_salt(self) -> str:
         """What the compiled graph depends on; a cache made with another salt is not ours."""
         saes = ",".join(f"{s.layer}:{s.source}@{s.info.revision}" for s in self.sites)
-        return f"neuroscope-{GRAPH_VERSION}:{saes}"
+        steers = "steers" if self.steered else "observes"
+        return f"neuroscope-{GRAPH_VERSION}:{steers}:{saes}"
 
     def to_dict(self) -> dict[str, Any]:
         return msgspec.to_builtins(self)

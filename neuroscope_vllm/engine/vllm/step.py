@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from torch import Tensor
@@ -28,27 +28,44 @@ class StepView:
     row_starts: list[int]  # len(request_ids) + 1; rows of request i: [row_starts[i], [i + 1])
     positions: Tensor  # int[num_rows], absolute in the request's context
     token_ids: Tensor  # int[num_rows]
+    first_positions: list[int]  # of each request's first row, as the host knows it
 
     @property
     def num_rows(self) -> int:
         return self.row_starts[-1]
 
 
-def watch_steps(runner: Any, on_step: Callable[[StepView], None]) -> None:
-    """Call `on_step` after each real forward pass of `runner`, on the runner's thread.
+class StepWatcher(Protocol):
+    """Called on the runner's thread, around each real forward pass."""
 
-    At that moment the hook's buffers hold the step's rows (stream-ordered on CUDA).
-    """
-    prepare = _watch_v2_inputs if is_v2(runner) else _watch_v1_inputs
+    def starting(self, scheduler_output: Any) -> None:
+        """vLLM's SchedulerOutput of the step, which may be without a row."""
+
+    def prepared(self, step: StepView) -> None:
+        """The inputs are there; the forward pass comes."""
+
+    def ran(self, step: StepView) -> None:
+        """The hook's buffers hold the step's rows (stream-ordered on CUDA)."""
+
+
+def watch_steps(runner: Any, watcher: StepWatcher) -> None:
+    """Have `watcher` called around each real forward pass of `runner`."""
     pending: list[StepView] = []
-    prepare(runner, pending)
+
+    def prepared(step: StepView) -> None:
+        pending[:] = [step]
+        watcher.prepared(step)
+
+    (_watch_v2_inputs if is_v2(runner) else _watch_v1_inputs)(runner, prepared)
     execute_model = runner.execute_model
 
-    def execute_and_report(*args: Any, **kwargs: Any) -> Any:
+    def execute_and_report(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         pending.clear()
-        output = execute_model(*args, **kwargs)
+        if not (kwargs.get("dummy_run") or args[1:2] == (True,)):  # the V2 runner's own
+            watcher.starting(scheduler_output)
+        output = execute_model(scheduler_output, *args, **kwargs)
         if pending:
-            on_step(pending.pop())
+            watcher.ran(pending.pop())
         return output
 
     runner.execute_model = execute_and_report
@@ -58,42 +75,49 @@ def is_v2(runner: Any) -> bool:
     return hasattr(runner, "prepare_inputs")
 
 
-def _watch_v2_inputs(runner: Any, pending: list[StepView]) -> None:
+def _watch_v2_inputs(runner: Any, prepared: Callable[[StepView], None]) -> None:
     prepare_inputs = runner.prepare_inputs
 
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         batch = prepare_inputs(*args, **kwargs)
         starts = batch.query_start_loc_np[: batch.num_reqs + 1].tolist()
-        pending[:] = [_view(batch.req_ids, starts, batch.positions, batch.input_ids)]
+        first = batch.num_computed_tokens_np[: batch.num_reqs].tolist()
+        prepared(_view(batch.req_ids, starts, batch.positions, batch.input_ids, first))
         return batch
 
     runner.prepare_inputs = wrapper
 
 
-def _watch_v1_inputs(runner: Any, pending: list[StepView]) -> None:
+def _watch_v1_inputs(runner: Any, prepared: Callable[[StepView], None]) -> None:
     prepare_inputs = runner._prepare_inputs
 
     def wrapper(scheduler_output: Any, num_scheduled_tokens: Any, *args: Any, **kwargs: Any) -> Any:
         result = prepare_inputs(scheduler_output, num_scheduled_tokens, *args, **kwargs)
         starts = [0, *np.cumsum(num_scheduled_tokens).tolist()]
-        pending[:] = [
+        batch = runner.input_batch
+        prepared(
             _view(
-                list(runner.input_batch.req_ids),
+                list(batch.req_ids),
                 starts,
                 _device_tensor(runner.positions),
                 _device_tensor(runner.input_ids),
+                batch.num_computed_tokens_cpu[: len(starts) - 1].tolist(),
             )
-        ]
+        )
         return result
 
     runner._prepare_inputs = wrapper
 
 
 def _view(
-    request_ids: list[str], row_starts: list[int], positions: Tensor, token_ids: Tensor
+    request_ids: list[str],
+    row_starts: list[int],
+    positions: Tensor,
+    token_ids: Tensor,
+    first_positions: list[int],
 ) -> StepView:
     rows = row_starts[-1]
-    return StepView(request_ids, row_starts, positions[:rows], token_ids[:rows])
+    return StepView(request_ids, row_starts, positions[:rows], token_ids[:rows], first_positions)
 
 
 def _device_tensor(buffer: Any) -> Tensor:

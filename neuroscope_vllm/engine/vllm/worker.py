@@ -1,7 +1,8 @@
 """Arms a worker: models registered before they are built, steps encoded after they run.
 
 Runs in the worker process. Every tensor-parallel rank builds the observed model, so that all
-compile the same graph; rank 0 alone encodes and sends, for the layers of its pipeline stage.
+compile the same graph and steer alike; rank 0 alone encodes and sends, for the layers of its
+pipeline stage.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import atexit
 import importlib
 import logging
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,13 +24,16 @@ from neuroscope_vllm.core.calibration import Calibration
 from neuroscope_vllm.core.ranking import make_ranker
 from neuroscope_vllm.core.sae import load_sae
 from neuroscope_vllm.core.sae.encoder import TopKEncoder
+from neuroscope_vllm.core.sae.sae import SAE
 from neuroscope_vllm.core.sender import Sender
+from neuroscope_vllm.core.steering.catalogue import Operator
 from neuroscope_vllm.engine.vllm import self_test
 from neuroscope_vllm.engine.vllm.hook import ActivationHook, max_rows
 from neuroscope_vllm.engine.vllm.models import OBSERVED
 from neuroscope_vllm.engine.vllm.passes import BEGIN_RPC, END_RPC, PassRunner, Site
 from neuroscope_vllm.engine.vllm.pipeline import EncodePipeline, LayerEncoder
 from neuroscope_vllm.engine.vllm.refusals import warnings
+from neuroscope_vllm.engine.vllm.rule_stops import Stops
 from neuroscope_vllm.engine.vllm.self_test import Probe, SelfTest
 from neuroscope_vllm.engine.vllm.settings import (
     SiteSettings,
@@ -37,7 +42,9 @@ from neuroscope_vllm.engine.vllm.settings import (
     engine_rank,
     worker_settings,
 )
-from neuroscope_vllm.engine.vllm.step import is_v2, watch_steps
+from neuroscope_vllm.engine.vllm.steer_report import SpanSteering
+from neuroscope_vllm.engine.vllm.steering import Steerer
+from neuroscope_vllm.engine.vllm.step import StepView, is_v2, watch_steps
 
 logger = logging.getLogger(__name__)
 
@@ -91,24 +98,54 @@ def observe(
             f"neuroscope: {type(model).__name__} was built without the activation hook;"
             " another plugin may have registered the same architecture."
         )
-    if get_tensor_model_parallel_rank() != 0 or not hook.layers:
-        return SelfTest([], on_step=lambda step: None), PassRunner([])
-    built = [
-        _layer_encoder(site, hook, settings) for site in settings.sites if site.layer in hook.layers
-    ]
-    probes = [probe for _, probe in built]
-    if settings.endpoint is None:
-        sites = [
-            Site(probe.layer, probe.buffer, probe.sae.to(probe.buffer.device)) for probe in probes
+    saes = {
+        site.layer: _sae(site, settings) for site in settings.sites if site.layer in hook.layers
+    }
+    steerer = None
+    if hook.steering is not None:
+        operator = Operator.load(settings.settings.steering)
+        directions = {name: one.read() for name, one in operator.directions.items()}
+        steerer = Steerer(hook.steering, saes, directions)
+    test, passes = SelfTest([], on_step=lambda step: None), PassRunner([])
+    if get_tensor_model_parallel_rank() == 0 and saes:
+        built = [
+            _layer_encoder(site, saes[site.layer], hook, settings)
+            for site in settings.sites
+            if site.layer in saes
         ]
-        passes = PassRunner(sites)
-        test = SelfTest(probes, on_step=passes.on_step)
-    else:
-        passes = PassRunner([])
-        test = _stream([encoder for encoder, _ in built], probes, runner, vllm_config, settings)
-    watch_steps(runner, test.on_step)
+        probes = [probe for _, probe in built]
+        if settings.endpoint is None:
+            passes = PassRunner(
+                [Site(p.layer, p.buffer, p.sae.to(p.buffer.device)) for p in probes]
+            )
+            test = SelfTest(probes, on_step=passes.on_step)
+        else:
+            encoders = [encoder for encoder, _ in built]
+            found = _found(steerer, hook)
+            test = _stream(encoders, probes, runner, vllm_config, settings, found)
+    watch_steps(runner, _Watcher(steerer, test))
     logger.info("neuroscope: observing layers %s of %s", hook.layers, settings.model)
     return test, passes
+
+
+class _Watcher:
+    """What is done around each forward pass of a worker."""
+
+    def __init__(self, steerer: Steerer | None, test: SelfTest) -> None:
+        self._steerer, self._test = steerer, test
+
+    def starting(self, scheduler_output: Any) -> None:
+        if self._steerer is not None:
+            self._steerer.starting(scheduler_output)
+
+    def prepared(self, step: StepView) -> None:
+        if self._steerer is not None:
+            self._steerer.prepared(step)
+
+    def ran(self, step: StepView) -> None:
+        self._test.on_step(step)
+        if self._steerer is not None:
+            self._steerer.ran()
 
 
 def _stream(
@@ -117,8 +154,10 @@ def _stream(
     runner: Any,
     vllm_config: VllmConfig,
     settings: WorkerSettings,
+    found: Callable[[StepView], list[SpanSteering]],
 ) -> SelfTest:
-    """Encode every step and send it to the hub, once the self-test has passed."""
+    """Encode every step and send it to the hub, once the self-test has passed. `found`: what
+    steering did in the step."""
     assert settings.endpoint is not None
     engine = engine_name(vllm_config)
     sites = [_wire_site(encoder, settings) for encoder in encoders]
@@ -140,26 +179,39 @@ def _stream(
         )
 
     sender = Sender(settings.endpoint, hello)
+    stops = Stops()
+    stops.watch_outputs(runner)
     pipeline = EncodePipeline(
         encoders,
         send=sender.put,
         engine=engine,
         num_layers=len(settings.sites),
         max_pending_rows=PENDING_STEPS * max_rows(vllm_config),
+        stop=stops.note,
     )
-    test = SelfTest(probes, on_step=pipeline.submit)
+    test = SelfTest(probes, on_step=lambda step: pipeline.submit(step, found(step)))
     sender.start()
     atexit.register(sender.close)
     return test
 
 
+def _found(
+    steerer: Steerer | None, hook: ActivationHook
+) -> Callable[[StepView], list[SpanSteering]]:
+    if steerer is None:
+        return lambda step: []
+    return lambda step: steerer.found(step, hook.resid_post)
+
+
+def _sae(site: SiteSettings, settings: WorkerSettings) -> SAE:
+    loaded = load_sae(site.source)
+    return loaded.reading_rms() if settings.settings.sae_input == "rms" else loaded
+
+
 def _layer_encoder(
-    site: SiteSettings, hook: ActivationHook, settings: WorkerSettings
+    site: SiteSettings, loaded: SAE, hook: ActivationHook, settings: WorkerSettings
 ) -> tuple[LayerEncoder, Probe]:
     rows = hook.resid_post(site.layer)
-    loaded = load_sae(site.source)
-    if settings.settings.sae_input == "rms":
-        loaded = loaded.reading_rms()
     sae = loaded.to(rows.device)
     calibration = Calibration.load(site.calibration) if site.calibration else None
     ranker = make_ranker(

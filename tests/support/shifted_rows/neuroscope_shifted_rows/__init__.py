@@ -22,16 +22,18 @@ def register() -> None:
 watch_steps: Any = None
 
 
-def shifted(runner: Any, on_step: Any) -> None:
+def shifted(runner: Any, watcher: Any) -> None:
     from neuroscope_vllm.engine.vllm.hook import ActivationHook
 
     hook = next(m for m in runner.get_model().modules() if isinstance(m, ActivationHook))
+    ran = watcher.ran
 
-    def on_shifted_step(view: Any) -> None:
+    def ran_shifted(view: Any) -> None:
         with torch.inference_mode():
             for layer in hook.layers:
                 rows = hook.resid_post(layer)[: view.num_rows]
                 rows.copy_(rows.roll(1, 0))
-        on_step(view)
+        ran(view)
 
-    watch_steps(runner, on_shifted_step)
+    watcher.ran = ran_shifted
+    watch_steps(runner, watcher)

@@ -1,0 +1,69 @@
+"""The arithmetic of edits, which every engine applies. In fp32, whatever the model runs in."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from neuroscope_vllm.core.sae.sae import SAE, normalise_rows, row_norm
+
+
+class Vector(NamedTuple):
+    """What a slot reads and writes, float32 on the CPU.
+
+    Attributes:
+        reading: [d_model], the feature's column of W_enc; zeros for a direction.
+        writing: [d_model], the feature's row of W_dec, or the direction.
+        bias, threshold: Of the feature.
+        normed: 1.0 where `writing` is in units of the row's own norm (`SAEInfo.input_norm`).
+    """
+
+    reading: Tensor
+    writing: Tensor
+    bias: float
+    threshold: float
+    normed: float
+
+
+def feature_vector(sae: SAE, feature: int) -> Vector:
+    return Vector(
+        sae.W_enc[:, feature].float().cpu(),
+        sae.W_dec[feature].float().cpu(),
+        float(sae.b_enc[feature]),
+        max(float(sae.threshold[feature]), 0.0),
+        float(sae.info.input_norm is not None),
+    )
+
+
+def direction_vector(direction: Tensor) -> Vector:
+    """Of a vector [d_model], any float dtype."""
+    writing = direction.float().cpu()
+    return Vector(torch.zeros_like(writing), writing, 0.0, float("inf"), 0.0)
+
+
+def activations(
+    x: Tensor, reading: Tensor, bias: Tensor, threshold: Tensor, input_norm: str | None
+) -> Tensor:
+    """f of one feature on each row: JumpReLU, as `SAE.encode`.
+
+    Args:
+        x: float32 [n, d_model], raw residuals.
+        reading: float32 [n, d_model], the feature of each row.
+        bias, threshold: float32 [n].
+        input_norm: As in `SAEInfo`.
+
+    Returns:
+        float32 [n].
+    """
+    pre = torch.linalg.vecdot(normalise_rows(x, input_norm), reading) + bias
+    return torch.where(pre > threshold, pre, 0.0)
+
+
+def change(amount: Tensor, writing: Tensor, normed: Tensor, x: Tensor, norm: str | None) -> Tensor:
+    """`amount` of each row's vector, [n, d_model]; amount, normed: float32 [n]."""
+    if norm is not None:
+        _, scale = row_norm(x, norm)
+        amount = amount * torch.where(normed > 0, scale.squeeze(1), 1.0)
+    return amount.unsqueeze(1) * writing

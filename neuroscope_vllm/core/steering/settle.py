@@ -1,0 +1,264 @@
+"""From what was asked to what is applied, or a refusal that names the field."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+
+import msgspec
+import numpy as np
+
+from neuroscope_vllm.core.steering.asked import Asked, Condition, Edit, Rule
+from neuroscope_vllm.core.steering.catalogue import Catalogue, Site
+from neuroscope_vllm.core.steering.settled import (
+    MAX_RULES,
+    MAX_SLOTS,
+    NO_RULE,
+    SettledRule,
+    Slot,
+    Steering,
+)
+
+MAX_VALUE = 1e6
+"""Beyond, float16 overflows whatever the vector."""
+MAX_NAME = 64
+
+
+class Refused(ValueError):
+    """One sentence: the field, why not, and what to do instead."""
+
+
+def settle(asked: Asked, catalogue: Catalogue) -> Steering | None:
+    """What a request's edits and rules, its presets and the operator's rules come to.
+
+    None: nothing at all.
+
+    Raises:
+        Refused: Something asked for can not be done.
+    """
+    return _Settling(catalogue).all_of(asked)
+
+
+class _Settling:
+    def __init__(self, catalogue: Catalogue) -> None:
+        self._catalogue = catalogue
+        self._slots: list[Slot] = []
+        self._rules: list[SettledRule] = []
+        self._dose: defaultdict[int, float] = defaultdict(float)
+
+    def all_of(self, asked: Asked) -> Steering | None:
+        for i, edit in enumerate(asked.steer):
+            self._edit(edit, f"steer[{i}]")
+        for name in [asked.preset] if isinstance(asked.preset, str) else asked.preset:
+            for i, edit in enumerate(self._preset(name)):
+                self._edit(edit, f"preset {name}[{i}]")
+        for i, rule in enumerate(asked.rules):
+            self._rule(rule, f"rules[{i}]")
+        for i, rule in enumerate(self._catalogue.operator.rules):
+            self._rule(rule, f"the operator's rules[{i}]")
+        if not self._slots:
+            return None
+        self._check_room()
+        return Steering(
+            slots=self._slots,
+            rules=self._rules,
+            doses={layer: round(dose, 3) for layer, dose in self._dose.items()},
+            warnings=self._warnings(),
+        )
+
+    def _edit(self, edit: Edit, where: str, gate: int = NO_RULE) -> None:
+        positions = edit.positions if gate == NO_RULE else "generated"
+        if edit.op == "direction":
+            slot, norm = self._direction(edit, where)
+        else:
+            slot, norm = self._feature_edit(edit, where)
+        layer_norm = self._catalogue.sites[slot.layer].median_norm
+        if norm is not None and layer_norm is not None:
+            self._dose[slot.layer] += norm / layer_norm
+        self._slots.append(msgspec.structs.replace(slot, positions=positions, gate=gate))
+
+    def _direction(self, edit: Edit, where: str) -> tuple[Slot, float]:
+        known = self._catalogue.operator.directions
+        if edit.feature is not None:
+            raise Refused(
+                f"{where}.feature: op direction adds no feature; use op add, or leave it out."
+            )
+        if edit.direction not in known:
+            raise Refused(f"{where}.direction: {_unknown(edit.direction, known, 'direction')}")
+        layer = known[edit.direction].layer
+        if edit.layer not in (None, layer):
+            raise Refused(f"{where}.layer: direction {edit.direction} is of layer {layer}.")
+        if edit.unit != "raw":
+            raise Refused(f"{where}.unit: a direction has no calibrated maximum; use raw.")
+        value = _value(edit.value, where)
+        slot = Slot(layer=layer, direction=edit.direction, constant=value)
+        return slot, abs(value) * self._catalogue.norms[edit.direction]
+
+    def _feature_edit(self, edit: Edit, where: str) -> tuple[Slot, float | None]:
+        """The slot, and the largest norm of its change, if it is known."""
+        if edit.direction is not None:
+            raise Refused(f"{where}.direction: only op direction takes one; this is {edit.op}.")
+        layer, site = self._site(edit.layer, where)
+        feature = _feature(edit.feature, site, where)
+        if edit.op != "add":
+            _check_gates(site, f"{where}.op", edit.op)
+        strongest = float(site.maximum[feature]) if site.maximum is not None else None
+        norm = float(site.norm[feature])
+        per_activation, constant = 0.0, 0.0
+        if edit.op == "ablate":
+            if edit.value is not None:
+                raise Refused(f"{where}.value: ablate takes none; use clamp to set a value.")
+            per_activation, largest = -1.0, 0.0  # it takes away no more than was there
+        elif edit.op == "scale":
+            if edit.unit != "raw":
+                raise Refused(f"{where}.unit: scale is a ratio; leave it out.")
+            per_activation = _value(edit.value, where) - 1.0
+            largest = None if strongest is None else abs(per_activation) * strongest
+            if per_activation <= 0 and edit.value is not None and edit.value >= 0:
+                largest = 0.0
+        else:
+            constant = _in_unit(_value(edit.value, where), edit.unit, site, feature, where)
+            per_activation = -1.0 if edit.op == "clamp" else 0.0
+            largest = abs(constant)
+        slot = Slot(layer=layer, feature=feature, per_activation=per_activation, constant=constant)
+        return slot, None if largest is None else largest * norm
+
+    def _rule(self, rule: Rule, where: str) -> None:
+        if not (rule.steer or rule.stop or rule.tag):
+            raise Refused(f"{where}: it does nothing; give it steer, stop or tag.")
+        for field, text in (("tag", rule.tag), ("name", rule.name)):
+            if text is not None and not 0 < len(text) <= MAX_NAME:
+                raise Refused(f"{where}.{field}: give 1 to {MAX_NAME} characters.")
+        number = len(self._rules)
+        if number == MAX_RULES:
+            raise Refused(
+                f"{where}: a request may have {MAX_RULES} rules, the operator's among them."
+            )
+        self._slots.append(self._condition(rule.when, number, f"{where}.when"))
+        name = rule.name or f"{self._slots[-1].layer}:{self._slots[-1].feature}"
+        self._rules.append(
+            SettledRule(name=name, last=rule.when.last, stop=rule.stop, tag=rule.tag)
+        )
+        for i, edit in enumerate(rule.steer):
+            if edit.positions == "prompt":
+                raise Refused(f"{where}.steer[{i}].positions: rules steer generated tokens only.")
+            self._edit(edit, f"{where}.steer[{i}]", gate=number)
+        if self._catalogue.staged:
+            self._check_stages(rule, where, number)
+
+    def _check_stages(self, rule: Rule, where: str, number: int) -> None:
+        layers = {slot.layer for slot in self._slots if number in (slot.gate, slot.meets)}
+        if rule.stop or len(layers) > 1:
+            raise Refused(
+                f"{where}: under pipeline parallelism a rule can not stop, nor steer another layer"
+                " than that of its condition; leave that out, or serve with tensor parallelism."
+            )
+
+    def _condition(self, when: Condition, number: int, where: str) -> Slot:
+        layer, site = self._site(when.layer, where)
+        feature = _feature(when.feature, site, where)
+        _check_gates(site, f"{where}.feature", "a condition")
+        if not 1 <= when.last <= 1 << 20:
+            raise Refused(f"{where}.last: {when.last} is no number of tokens; give 1 or more.")
+        above = _in_unit(_value(when.above, where, "above"), when.unit, site, feature, where)
+        return Slot(
+            layer=layer, feature=feature, positions=when.positions, meets=number, above=above
+        )
+
+    def _preset(self, name: str) -> list[Edit]:
+        known = self._catalogue.operator.presets
+        if name not in known:
+            raise Refused(f"preset: {_unknown(name, known, 'preset')}")
+        return known[name]
+
+    def _site(self, layer: int | None, where: str) -> tuple[int, Site]:
+        sites = self._catalogue.sites
+        if layer is None:
+            if len(sites) > 1:
+                raise Refused(f"{where}.layer: say which of {_layers(sites)}.")
+            layer = next(iter(sites))
+        if layer not in sites:
+            raise Refused(
+                f"{where}.layer: no SAE of layer {layer} is served; there is {_layers(sites)}."
+            )
+        return layer, sites[layer]
+
+    def _check_room(self) -> None:
+        layer, count = Counter(slot.layer for slot in self._slots).most_common(1)[0]
+        if count > MAX_SLOTS:
+            raise Refused(
+                f"{count} edits and conditions on layer {layer}; a request may have {MAX_SLOTS} on"
+                " a layer, the operator's rules among them."
+            )
+
+    def _warnings(self) -> list[str]:
+        operator, found = self._catalogue.operator, []
+        for layer, dose in sorted(self._dose.items()):
+            size = (
+                f"steering changes layer {layer} by up to {dose:.1f} of the usual residual's norm"
+            )
+            if dose > operator.max_dose:
+                raise Refused(
+                    f"steer: {size}, and the limit is {operator.max_dose:g}; give smaller values."
+                )
+            if dose > operator.warn_dose:
+                found.append(f"{size}; past {operator.warn_dose:g} text often falls apart.")
+        return found
+
+
+def _feature(feature: int | None, site: Site, where: str) -> int:
+    if feature is None:
+        raise Refused(f"{where}.feature: name one, 0 to {len(site.norm) - 1}.")
+    if not 0 <= feature < len(site.norm):
+        raise Refused(
+            f"{where}.feature: {feature} does not exist; SAE {site.source} has features 0 to"
+            f" {len(site.norm) - 1}."
+        )
+    return feature
+
+
+def _value(value: float | None, where: str, field: str = "value") -> float:
+    if value is None:
+        raise Refused(f"{where}.{field}: give a number.")
+    if not math.isfinite(value) or abs(value) > MAX_VALUE:
+        raise Refused(f"{where}.{field}: {value:g} is out of range; give at most {MAX_VALUE:g}.")
+    return float(value)
+
+
+def _in_unit(value: float, unit: str, site: Site, feature: int, where: str) -> float:
+    if unit == "raw":
+        return value
+    if site.maximum is None:
+        raise Refused(
+            f"{where}.unit: SAE {site.source} has no calibration, so no maximum is known; use raw,"
+            " or make one with `neuroscope calibrate`."
+        )
+    strongest = float(site.maximum[feature])
+    if strongest <= 0:
+        raise Refused(
+            f"{where}.unit: feature {feature} never fired while it was calibrated; use raw."
+        )
+    return float(np.clip(value * strongest, -MAX_VALUE, MAX_VALUE))
+
+
+def _check_gates(site: Site, where: str, what: str) -> None:
+    if not site.gates:
+        raise Refused(
+            f"{where}: SAE {site.source} keeps the k largest features of a token, so one feature's"
+            f" activation depends on all others and {what} can not be done exactly; use op add."
+        )
+
+
+def _layers(sites: Iterable[int]) -> str:
+    return f"layer {', '.join(map(str, sorted(sites)))}"
+
+
+def _unknown(name: str | None, known: Iterable[str], what: str) -> str:
+    names = sorted(known)
+    if name is None:
+        return f"name a {what}; there is {', '.join(names[:8]) or 'none'}."
+    close = difflib.get_close_matches(name, names, n=1)
+    hint = f"did you mean {close[0]}?" if close else f"there is {', '.join(names[:8]) or 'none'}."
+    return f"no {what} is named {name[:MAX_NAME]}; {hint}"

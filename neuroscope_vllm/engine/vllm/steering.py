@@ -1,0 +1,160 @@
+"""Steering in a worker: from the scheduler's new requests to the rows of a step.
+
+On every tensor-parallel rank alike: each holds the whole residual stream. A request takes an entry
+of the tables when it is in a step and keeps it until it ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from neuroscope_vllm.core.sae.sae import SAE
+from neuroscope_vllm.core.steering.arithmetic import Vector, direction_vector, feature_vector
+from neuroscope_vllm.core.steering.settled import (
+    NO_RULE,
+    Slot,
+    Steering,
+    from_dict,
+)
+from neuroscope_vllm.engine.vllm.ids import STEERING
+from neuroscope_vllm.engine.vllm.steer_report import SpanSteering
+from neuroscope_vllm.engine.vllm.steer_tables import FOREVER, SteerTables
+from neuroscope_vllm.engine.vllm.step import StepView
+
+
+class Steered:
+    """A request that steers."""
+
+    __slots__ = ("entry", "prompt_length", "steering")
+
+    def __init__(self, steering: Steering, prompt_length: int) -> None:
+        self.steering = steering
+        self.prompt_length = prompt_length
+        self.entry: int | None = None
+
+
+class Steerer:
+    """Keeps the tables in step with the requests that run."""
+
+    def __init__(
+        self,
+        tables: SteerTables,
+        saes: dict[int, SAE],
+        directions: dict[str, torch.Tensor],
+    ) -> None:
+        """`saes`: by layer, on the CPU; `directions`: by name, [d_model]."""
+        self._tables = tables
+        self._saes = saes
+        self._directions = directions
+        self._requests: dict[str, Steered] = {}
+        self._running: list[tuple[int, Steered]] = []  # in the step, by their number
+        self._holders: list[Steered | None] = [None] * tables.entries
+
+    def starting(self, scheduler_output: Any) -> None:
+        """Take up what begins and what is changed in this step, and forget what ended."""
+        for request_id in scheduler_output.finished_req_ids:
+            self._forget(request_id)
+        for new in scheduler_output.scheduled_new_reqs:
+            # The V2 runner gets a preempted request as a new one.
+            if new.req_id not in self._requests and new.sampling_params is not None:
+                given = (new.sampling_params.extra_args or {}).get(STEERING)
+                if given is not None:
+                    self._requests[new.req_id] = Steered(from_dict(given), _prompt_length(new))
+
+    def prepared(self, step: StepView) -> None:
+        """Just before the forward pass: its rows to the entries of their requests."""
+        self._running = [
+            (i, request)
+            for i, request_id in enumerate(step.request_ids)
+            if (request := self._requests.get(request_id)) is not None
+        ]
+        if not self._running:
+            return
+        running = {id(request) for _, request in self._running}
+        rows = np.full((step.num_rows, 2), -1, dtype=np.int32)
+        for i, request in self._running:
+            entry = self._take_entry(request, running) if request.entry is None else request.entry
+            start, stop = step.row_starts[i], step.row_starts[i + 1]
+            rows[start:stop, 0] = entry
+            rows[start:stop, 1] = np.arange(stop - start) + step.first_positions[i]
+        self._tables.fill_rows(rows)
+
+    def found(
+        self, step: StepView, resid_post: Callable[[int], torch.Tensor]
+    ) -> list[SpanSteering]:
+        """Of the step that has just run; copies, in stream order. `resid_post`: the hook's."""
+        tables, parts = self._tables, []
+        for span, request in self._running:
+            entry = request.entry
+            assert entry is not None
+            rows = slice(step.row_starts[span], step.row_starts[span + 1])
+            for layer in tables.layers:
+                slots = [s for s in request.steering.of_layer(layer) if s.feature is not None]
+                if slots:
+                    before = tables.activation(layer)[rows, : len(slots)]
+                    x = resid_post(layer)[rows]
+                    after = tables.activation_after(layer, entry, len(slots), x)
+                    both = torch.cat([before, after], dim=1)
+                    rules = request.steering.rules
+                    parts.append(SpanSteering(span, rows.start, layer, slots, rules, both))
+        return parts
+
+    def ran(self) -> None:
+        self._tables.clear_rows()
+        self._running = []
+
+    def _forget(self, request_id: str) -> None:
+        request = self._requests.pop(request_id, None)
+        if request is not None and request.entry is not None:
+            self._holders[request.entry] = None
+
+    def _take_entry(self, request: Steered, running: set[int]) -> int:
+        """A free one, or that of a request that is preempted: a step has no more requests than
+        there are entries."""
+        entry = next(
+            i
+            for i, holder in enumerate(self._holders)
+            if holder is None or id(holder) not in running
+        )
+        before = self._holders[entry]
+        if before is not None:
+            before.entry = None
+        self._holders[entry], request.entry = request, entry
+        self._tables.clear_entry(entry, [rule.last for rule in request.steering.rules])
+        for layer in self._tables.layers:
+            # Features first: theirs are the columns that are reported.
+            slots = sorted(request.steering.of_layer(layer), key=lambda slot: slot.feature is None)
+            for number, slot in enumerate(slots):
+                self._write(entry, number, slot, request.prompt_length)
+        return entry
+
+    def _write(self, entry: int, number: int, slot: Slot, prompt_length: int) -> None:
+        self._tables.write(
+            entry,
+            slot.layer,
+            number,
+            self._vector(slot),
+            per_activation=slot.per_activation,
+            constant=slot.constant,
+            first=prompt_length if slot.positions == "generated" else 0,
+            end=prompt_length if slot.positions == "prompt" else FOREVER,
+            gate=slot.gate,
+            meets=slot.meets,
+            above=slot.above if slot.meets != NO_RULE else 0.0,
+        )
+
+    def _vector(self, slot: Slot) -> Vector:
+        if slot.feature is not None:
+            return feature_vector(self._saes[slot.layer], slot.feature)
+        assert slot.direction is not None
+        return direction_vector(self._directions[slot.direction])
+
+
+def _prompt_length(new: Any) -> int:
+    if new.prompt_token_ids is not None:
+        return len(new.prompt_token_ids)
+    return 0 if new.prompt_embeds is None else len(new.prompt_embeds)

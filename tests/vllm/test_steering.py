@@ -1,0 +1,272 @@
+"""Steered requests through HTTP do what a transformers forward hook does, and nothing to others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from tests.support import models
+from tests.support.served import SMALL, Served, start_neuroscope
+from tests.support.steered import Generated, SteeredReference, ask, assert_same, generated
+
+PROMPT = "Steering is a matter of taste, and taste is a matter of habit: "
+# Prompts arrive in pieces beside running decodes, and share what is in the prefix cache.
+FLAGS = (*SMALL, "--enforce-eager", "--max-num-batched-tokens", "48", "--block-size", "16")
+
+
+@pytest.fixture(scope="module")
+def early_sae(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("early") / "layer_5"
+    return models.write_saelens_sae(folder, d_model=64, width=256, layer=5, seed=5)
+
+
+@pytest.fixture(scope="module")
+def direction(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, torch.Tensor]:
+    folder = tmp_path_factory.mktemp("operator")
+    vector = torch.randn(64, generator=torch.Generator().manual_seed(7))
+    save_file({"v": vector}, folder / "vector.safetensors")
+    (folder / "steering.yaml").write_text(
+        "directions:\n  seven: {file: vector.safetensors, layer: 5}\n"
+        "presets:\n  both: [{op: add, layer: 5, feature: 3, value: 9},"
+        " {op: ablate, layer: 20, feature: 8}]\n"
+    )
+    return folder / "steering.yaml", vector
+
+
+@pytest.fixture(scope="module")
+def served(
+    tiny_gemma2: Path,
+    tiny_sae: Path,
+    early_sae: Path,
+    direction: tuple[Path, torch.Tensor],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Served]:
+    server = start_neuroscope(
+        tiny_gemma2,
+        tiny_sae,
+        tmp_path_factory.mktemp("steering") / "log",
+        flags=("--sae", str(early_sae), "--steering", str(direction[0]), "--top-k", "16"),
+        vllm_flags=FLAGS,
+    )
+    try:
+        yield server.wait_ready()
+    finally:
+        server.stop()
+
+
+@pytest.fixture(scope="module")
+def reference(
+    tiny_gemma2: Path, tiny_sae: Path, early_sae: Path, direction: tuple[Path, torch.Tensor]
+) -> SteeredReference:
+    return SteeredReference(tiny_gemma2, {20: tiny_sae, 5: early_sae}, {"seven": direction[1]})
+
+
+@pytest.fixture(scope="module")
+def plain(served: Served) -> tuple[list[int], Generated]:
+    return generated(ask(served, PROMPT))
+
+
+@pytest.fixture(scope="module")
+def firing(reference: SteeredReference, plain: tuple[list[int], Generated]) -> dict[int, list[int]]:
+    """By layer, features that are active at the prompt's last token, strongest first."""
+    _, seen = reference.run(plain[0], [], 0)
+    return {
+        layer: reference.encode(layer, rows[-1:])[0].topk(6).indices.tolist()
+        for layer, rows in seen.items()
+    }
+
+
+def specifications(firing: dict[int, list[int]]) -> dict[str, list[dict[str, Any]]]:
+    early, late = firing[5], firing[20]
+    return {
+        "add": [{"op": "add", "layer": 20, "feature": 17, "value": 12.0}],
+        "clamp": [{"op": "clamp", "layer": 5, "feature": early[0], "value": 15.0}],
+        "scale": [{"op": "scale", "layer": 20, "feature": late[1], "value": -4.0}],
+        "ablate": [{"op": "ablate", "layer": 5, "feature": f} for f in early[:4]],
+        "direction": [{"op": "direction", "layer": 5, "direction": "seven", "value": 0.5}],
+        "prompt": [{"op": "add", "layer": 5, "feature": 9, "value": 8.0, "positions": "prompt"}],
+        "generated": [
+            {"op": "add", "layer": 5, "feature": 9, "value": 8.0, "positions": "generated"}
+        ],
+        "several": [
+            {"op": "add", "layer": 5, "feature": 40, "value": -7.0},
+            {"op": "scale", "layer": 5, "feature": early[0], "value": 3.0},
+            {"op": "clamp", "layer": 20, "feature": late[0], "value": 1.0, "positions": "prompt"},
+            {"op": "add", "layer": 20, "feature": 33, "value": 9.0, "positions": "generated"},
+        ],
+    }
+
+
+KINDS = list(specifications({5: [0] * 6, 20: [0] * 6}))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_is_what_a_forward_hook_does(
+    served: Served,
+    reference: SteeredReference,
+    plain: tuple[list[int], Generated],
+    firing: dict[int, list[int]],
+    kind: str,
+) -> None:
+    edits = specifications(firing)[kind]
+    prompt_ids, found = generated(ask(served, PROMPT, {"steer": edits}))
+    expected = reference.generate(prompt_ids, edits, 12)
+    assert_same(found, expected)
+    assert found != plain[1], "the edit has no effect, so nothing was tested"
+
+
+def test_the_stream_says_what_was_edited(
+    served: Served, reference: SteeredReference, firing: dict[int, list[int]]
+) -> None:
+    edits = specifications(firing)["several"]
+    answer = ask(served, PROMPT, {"steer": edits}, request_id="said")
+    prompt_ids, found = generated(answer)
+    (trace,) = served.trace("cmpl-said")
+    steering = trace["events"][0]["steering"]
+    assert [(e["op"], e["layer"], e["positions"]) for e in steering["edits"]] == [
+        (e["op"], e["layer"], e.get("positions", "all")) for e in edits
+    ]
+    ids = [*prompt_ids, *found.ids][:-1]
+    _, steered = reference.run(ids, edits, len(prompt_ids))
+    early = [edit for edit in edits if edit["layer"] == 5]
+    _, half = reference.run(ids, early, len(prompt_ids))
+    _, plain = reference.run(ids, [], len(prompt_ids))
+    before = {5: plain[5], 20: half[20]}
+    compared = 0
+    for event in trace["events"]:
+        layer = event.get("layer")
+        if event["event"] not in ("prompt", "token") or event["features_at"] is None:
+            continue
+        if event.get("cached"):  # by the same edits, an earlier test's
+            assert "steered" not in event
+            continue
+        at = event["position"]
+        live = {
+            e["feature"]
+            for e in edits
+            if e["layer"] == layer
+            and e.get("positions", "all") != ("generated" if at < len(prompt_ids) else "prompt")
+        }
+        assert {s["index"] for s in event.get("steered", [])} == live
+        for one in event.get("steered", []):
+            for name, rows in (("before", before), ("after", steered)):
+                expected = reference.encode(layer, rows[layer][at : at + 1])[0, one["index"]]
+                assert one[name] == pytest.approx(float(expected), rel=1e-3, abs=2e-3)
+                compared += 1
+    assert compared > 40
+
+
+def test_what_the_features_are_is_what_the_layers_above_get(
+    served: Served, reference: SteeredReference, firing: dict[int, list[int]]
+) -> None:
+    """The stream shows the residual after the edit; ablated features are not there any more."""
+    edits = specifications(firing)["ablate"]
+    prompt_ids, found = generated(ask(served, PROMPT, {"steer": edits}, request_id="shown"))
+    _, seen = reference.run([*prompt_ids, *found.ids], edits, len(prompt_ids))
+    (trace,) = served.trace("cmpl-shown")
+    compared = 0
+    for event in trace["events"]:
+        if event["event"] in ("prompt", "token") and event["features_at"]:
+            rows = reference.encode(event["layer"], seen[event["layer"]]).detach()
+            expected = rows[event["position"]]
+            for feature in event["top_features"]:
+                value = float(expected[feature["index"]])
+                assert feature["activation"] == pytest.approx(value, rel=1e-3, abs=2e-3)
+                compared += 1
+    assert compared > 300
+
+
+def test_a_rule_stops_tags_and_steers(
+    served: Served, reference: SteeredReference, plain: tuple[list[int], Generated]
+) -> None:
+    prompt_ids, expected = plain
+    ids = [*prompt_ids, *expected.ids]
+    _, seen = reference.run(ids, [], len(prompt_ids))
+    rows = reference.encode(20, seen[20])[len(prompt_ids) : len(ids) - 1]
+    # A feature that is strongest somewhere in the middle of the answer.
+    at, feature, above = next(
+        (int(column.argmax()), index, float(column.topk(2).values.mean()))
+        for index, column in enumerate(rows.t())
+        if 3 <= int(column.argmax()) <= 7
+        and column.max() > 1
+        and column.topk(2).values.diff() < -0.2
+    )
+    when = {"layer": 20, "feature": feature, "above": above}
+    stop = {"rules": [{"name": "enough", "when": when, "stop": True, "tag": "seen"}]}
+    answer = ask(served, PROMPT, stop, request_id="stopped")
+    (choice,) = answer.json()["choices"]
+    assert (choice["finish_reason"], choice["stop_reason"]) == ("stop", "neuroscope: enough")
+    # The step that meets the condition has sampled the next token.
+    assert choice["token_ids"] == expected.ids[: at + 2]
+    (trace,) = served.trace("cmpl-stopped")
+    (hit,) = [e for e in trace["events"] if e["event"] == "rule"]
+    assert (hit["position"], hit["feature"]) == (len(prompt_ids) + at, feature)
+    assert (hit["rule"], hit["tag"], hit["stop"]) == ("enough", "seen", True)
+    assert hit["activation"] == pytest.approx(float(rows[at, feature]), rel=1e-3)
+    assert trace["events"][-1]["finish_reason"] == "stop"
+
+    # Edits of a rule act from the next token on, as long as the rule says.
+    edit = {"op": "add", "layer": 5, "feature": 9, "value": 8.0}
+    steer = {"rules": [{"when": {**when, "last": 2}, "steer": [edit]}]}
+    _, found = generated(ask(served, PROMPT, steer, request_id="ruled"))
+    (trace,) = served.trace("cmpl-ruled")
+    edited = [e["position"] for e in trace["events"] if e.get("steered")]
+    first = len(prompt_ids) + at
+    assert edited[:2] == [first + 1, first + 2]
+    assert found.ids[: at + 1] == expected.ids[: at + 1]
+
+
+def test_who_is_not_steered_is_left_alone(
+    served: Served, plain: tuple[list[int], Generated], firing: dict[int, list[int]]
+) -> None:
+    """Sixteen at once, half of them steered, each otherwise: all as when they are alone."""
+    all_edits = list(specifications(firing).values())
+    texts = [f"{number}. {PROMPT}" for number in range(16)]
+    options = [{"steer": all_edits[i // 2]} if i % 2 else None for i in range(16)]
+    alone = [generated(ask(served, t, o)) for t, o in zip(texts, options, strict=True)]
+    with ThreadPoolExecutor(16) as pool:
+        together = list(pool.map(lambda i: generated(ask(served, texts[i], options[i])), range(16)))
+    for (_, found), (_, expected) in zip(together, alone, strict=True):
+        assert_same(found, expected, 2e-4)
+
+
+def test_the_prefix_cache_leaks_neither_way(
+    served: Served, reference: SteeredReference, firing: dict[int, list[int]]
+) -> None:
+    text = "A prompt that is long enough to fill several blocks of the prefix cache. " * 3
+    edits = specifications(firing)
+    order = ["add", None, "add", None, "generated", "prompt", "generated", None, "clamp"]
+    expected: dict[str | None, Generated] = {}
+    cached: dict[str | None, list[int]] = {}
+    for kind in order:
+        options = {"steer": edits[kind]} if kind else None
+        answer = ask(served, text, options)
+        prompt_ids, found = generated(answer)
+        if kind not in expected:
+            expected[kind] = reference.generate(prompt_ids, edits[kind] if kind else [], 12)
+        assert_same(found, expected[kind])
+        name = answer.json()["id"]
+        (trace,) = served.trace(name)
+        cached.setdefault(kind, []).append(trace["events"][-1]["cached_tokens"])
+    # Who steers alike shares; from the first generated token on, the prompt is everybody's.
+    assert cached["add"][0] == 0
+    assert cached["add"][1] > 0
+    assert cached[None][0] == 0
+    assert cached[None][1] > 0
+    assert cached["generated"][0] > 0
+    assert cached["prompt"] == cached["clamp"] == [0]
+
+
+def test_presets_are_the_operators(served: Served, reference: SteeredReference) -> None:
+    prompt_ids, found = generated(ask(served, PROMPT, {"preset": "both"}))
+    edits = [
+        {"op": "add", "layer": 5, "feature": 3, "value": 9},
+        {"op": "ablate", "layer": 20, "feature": 8},
+    ]
+    assert_same(found, reference.generate(prompt_ids, edits, 12))
