@@ -125,6 +125,16 @@ class RuleEvent(msgspec.Struct, omit_defaults=True, gc=False):
     internal_id: str | None = None
 
 
+class SteeringEvent(msgspec.Struct, gc=False):
+    """The choice is steered otherwise from `position` on; null: not any more."""
+
+    request_id: str
+    choice: int
+    position: int
+    steering: dict[str, Any] | None
+    internal_id: str | None = None
+
+
 class DoneEvent(msgspec.Struct, gc=False):
     """Last event of every choice. `dropped` counts positions whose features were lost."""
 
@@ -167,6 +177,7 @@ EVENTS: dict[str, type[msgspec.Struct]] = {
     "prompt": TokenEvent,
     "token": TokenEvent,
     "rule": RuleEvent,
+    "steering": SteeringEvent,
     "gap": GapEvent,
     "done": DoneEvent,
     "error": ErrorEvent,

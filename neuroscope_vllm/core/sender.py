@@ -13,7 +13,7 @@ import queue
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import zmq
 from zmq.utils.monitor import recv_monitor_message
@@ -24,6 +24,7 @@ from neuroscope_vllm.core.keys import REFUSED, Keys, read_endpoint
 logger = logging.getLogger(__name__)
 
 HELLO_INTERVAL_S = 1.0
+LISTEN_INTERVAL_S = 0.02
 REFUSED_PAUSE_S = 1.0
 ABSENT_WARNING_S = 30.0
 HEARTBEAT_MS = 2000
@@ -36,7 +37,8 @@ class Sender:
 
     `endpoint` is `ipc://path`, or `tcp://host:port#key-file`; ConfigError if that file can not be
     used. `hello` is called once a second, on the sender's thread, with the current counters;
-    `resync`, likewise, when the hub is back after something could not be delivered.
+    `resync`, likewise, when the hub is back after something could not be delivered; `command`,
+    likewise, with what the hub sends, and must not raise.
     """
 
     def __init__(
@@ -45,11 +47,13 @@ class Sender:
         hello: Callable[[dict[str, int]], wire.Hello],
         resync: Callable[[], None] = lambda: None,
         capacity: int = 1024,
+        command: Callable[[bytes], None] | None = None,
     ) -> None:
         self.counters: Counter[str] = Counter()
         self._address, self._keys = read_endpoint(endpoint)
         self._hello = hello
         self._resync = resync
+        self._command = command
         self._lost = False
         self._queue: queue.Queue[object] = queue.Queue(capacity)
         self._thread = threading.Thread(target=self._run, name="neuroscope-sender", daemon=True)
@@ -99,8 +103,13 @@ class Sender:
                     self._resync()
                 elif not sent:
                     self._lost = True
+            wait = max(0.0, next_hello - now)
+            if self._command is not None:
+                for data in connection.received():
+                    self._command(data)
+                wait = min(wait, LISTEN_INTERVAL_S)
             try:
-                message = self._queue.get(timeout=max(0.0, next_hello - now))
+                message = self._queue.get(timeout=wait)
             except queue.Empty:
                 continue
             if message is _STOP:
@@ -189,6 +198,14 @@ class _Connection:
         if self._absent_since is not None and now > self._absent_since + ABSENT_WARNING_S:
             self._warn("no hub can be reached at %s (setting hub)")
         return broke
+
+    def received(self) -> Iterator[bytes]:
+        """What the hub has sent."""
+        while True:
+            try:
+                yield self._socket.recv(zmq.NOBLOCK)
+            except zmq.ZMQError:
+                return
 
     def close(self) -> None:
         self._socket.disable_monitor()

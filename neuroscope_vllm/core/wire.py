@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from neuroscope_vllm.core.sae.info import SAEInfo
+from neuroscope_vllm.core.steering.asked import Asked
 
 WIRE_VERSION = 4
 
@@ -221,6 +222,23 @@ class StepFeatures(msgspec.Struct, tag="features"):
     hits: list[RuleHit] = []
 
 
+class SteeringChanged(msgspec.Struct, tag="steering"):
+    """What became of a `Steer` command."""
+
+    command: str
+    internal_id: str
+    error: str | None = None
+    """One sentence; then nothing changed."""
+    status: int = 200
+    """Of the HTTP answer."""
+    position: int | None = None
+    """From here on it is steered otherwise."""
+    salt: bytes = b""
+    """Of its prefix-cache blocks from there on."""
+    steering: dict[str, Any] | None = None
+    """`Steering.describe`; None: not any more."""
+
+
 class Goodbye(msgspec.Struct, tag="goodbye"):
     """The sender shuts down in good order."""
 
@@ -228,15 +246,39 @@ class Goodbye(msgspec.Struct, tag="goodbye"):
 
 
 Message = (
-    Hello | RequestStarted | RequestScheduled | TokensSampled | Resync | StepFeatures | Goodbye
+    Hello
+    | RequestStarted
+    | RequestScheduled
+    | TokensSampled
+    | Resync
+    | StepFeatures
+    | SteeringChanged
+    | Goodbye
 )
+
+
+class Steer(msgspec.Struct, tag="steer"):
+    """From the hub to a scheduler, the one thing that goes that way: steer a running choice
+    otherwise. Answered by `SteeringChanged`."""
+
+    command: str
+    internal_id: str
+    asked: Asked | None
+    """None: not any more."""
+
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(Message)
+_command_decoder = msgspec.msgpack.Decoder(Steer)
 
 
-def encode(message: Message) -> bytes:
+def encode(message: Message | Steer) -> bytes:
     return _encoder.encode(message)
+
+
+def decode_command(data: bytes | memoryview) -> Steer:
+    """Raises as `decode`."""
+    return _command_decoder.decode(data)
 
 
 def decode(data: bytes | memoryview) -> Message:

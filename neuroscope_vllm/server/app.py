@@ -18,7 +18,15 @@ from neuroscope_vllm.core.launch import SideConfig
 from neuroscope_vllm.server import errors
 from neuroscope_vllm.server.hub import Hub
 from neuroscope_vllm.server.ingest import Ingest
-from neuroscope_vllm.server.routes import features, page, proxy, requests, status, stream
+from neuroscope_vllm.server.routes import (
+    features,
+    page,
+    proxy,
+    requests,
+    status,
+    steering,
+    stream,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +47,7 @@ def create_app(config: SideConfig) -> FastAPI:
     app.add_middleware(
         TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost", "::1", "[::1]"]
     )
-    for module in (stream, features, requests, status, proxy, page):
+    for module in (stream, features, steering, requests, status, proxy, page):
         app.include_router(module.router)
     return app
 

@@ -9,7 +9,13 @@ from starlette.exceptions import HTTPException
 
 from neuroscope_vllm.core.events import ErrorBody, encoder
 
-_TYPES = {400: "invalid_request_error", 404: "not_found_error", 405: "invalid_request_error"}
+_TYPES = {
+    400: "invalid_request_error",
+    404: "not_found_error",
+    405: "invalid_request_error",
+    409: "conflict_error",
+    413: "invalid_request_error",
+}
 
 
 class ApiError(Exception):

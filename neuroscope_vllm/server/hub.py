@@ -18,6 +18,7 @@ from tokenizers import Tokenizer
 from neuroscope_vllm.core import events, wire
 from neuroscope_vllm.core.config import Settings
 from neuroscope_vllm.core.labels import LabelSet
+from neuroscope_vllm.server.commands import Commands
 from neuroscope_vllm.server.join import Choice, Item, Join
 from neuroscope_vllm.server.narrate import Named, Narrator
 from neuroscope_vllm.server.prefix import PrefixCache
@@ -67,6 +68,7 @@ class Hub:
         self.epoch = secrets.token_hex(4)
         self.senders = Senders()
         self.counters: Counter[str] = Counter()
+        self.commands = Commands()
         memory = settings.memory_mb * 2**20
         self._ring_bytes = int(memory * RING_SHARE)
         prefix_bytes = int(memory * PREFIX_SHARE)
@@ -98,6 +100,8 @@ class Hub:
                 self._on_started(message, now)
             case wire.RequestScheduled():
                 self._on_scheduled(message.internal_id, message.cached_tokens, now)
+            case wire.SteeringChanged():
+                self._on_steering_changed(message)
             case wire.Resync():
                 self._on_resync(message, now)
             case wire.Hello():
@@ -160,6 +164,15 @@ class Hub:
         readers.discard(reader)
         if not readers:
             self._by_name.pop(name, None)
+
+    def running(self, name: str) -> list[tuple[str, str]]:
+        """(internal id, engine) of the choices of this name that still run."""
+        opened = (self._open.get(trace.internal_id) for trace in self.traces.find(name))
+        return [
+            (one.narrator.started.internal_id, one.engine)
+            for one in opened
+            if one is not None and not one.choice.finished
+        ]
 
     # Messages
 
@@ -252,6 +265,13 @@ class Hub:
                     computed_tokens=one.computed_tokens,
                 )
                 self._on_sampled(sampled, now)
+
+    def _on_steering_changed(self, changed: wire.SteeringChanged) -> None:
+        opened = self._open.get(changed.internal_id)
+        if opened is not None and changed.error is None and changed.position is not None:
+            opened.choice.edit_from(changed.position, changed.salt)
+            self._publish(opened.trace, [opened.narrator.steering(changed)])
+        self.commands.answered(changed)
 
     def _on_features(self, message: wire.StepFeatures, now: float) -> None:
         rows = unpack(message)

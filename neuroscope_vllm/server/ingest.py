@@ -43,12 +43,15 @@ class Ingest:
 
     def __init__(self, hub: Hub, endpoint: str) -> None:
         self._hub = hub
+        self._schedulers: dict[str, bytes] = {}  # by engine: the address that ZMQ gave it
         self._address, self._keys = read_endpoint(endpoint)
         self._context = zmq.Context()
         self._authenticator = ThreadAuthenticator(self._context)
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.RCVHWM, 4096)
         self._socket.setsockopt(zmq.LINGER, 0)
+        # Else what is sent to one that is gone is lost without a word.
+        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self._monitor: zmq.Socket[bytes] | None = None
         self._warn_at = 0.0
         self._tick: asyncio.Task[None] | None = None
@@ -66,6 +69,18 @@ class Ingest:
         loop.add_reader(self._socket.fileno(), self._drain)
         loop.call_soon(self._drain)
         self._tick = loop.create_task(self._ticking())
+        self._hub.commands.send = self.send
+
+    def send(self, engine: str, data: bytes) -> bool:
+        """To the scheduler of an engine; False: it is not connected."""
+        address = self._schedulers.get(engine)
+        if address is None:
+            return False
+        try:
+            self._socket.send_multipart([address, data], zmq.NOBLOCK)
+        except zmq.ZMQError:  # it is gone, or takes nothing
+            return False
+        return True
 
     def close(self) -> None:
         if self._tick is not None:
@@ -130,16 +145,19 @@ class Ingest:
                 parts = self._socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 return
-            self._take(parts[-1])
+            self._take(parts[0], parts[-1])
             if time.monotonic() > until:
                 asyncio.get_running_loop().call_soon(self._drain)
                 return
 
-    def _take(self, data: bytes) -> None:
+    def _take(self, address: bytes, data: bytes) -> None:
         counters = self._hub.counters
         counters["messages"] += 1
         try:
-            self._hub.handle(wire.decode(data))
+            message = wire.decode(data)
+            if isinstance(message, wire.Hello) and message.role == "scheduler":
+                self._schedulers[message.engine] = address
+            self._hub.handle(message)
         except (msgspec.MsgspecError, ValueError) as error:
             counters["messages_malformed"] += 1
             if counters["messages_malformed"] == 1:

@@ -98,6 +98,10 @@ class Choice:
         self._maybe_end(out)
         return out
 
+    def edit_from(self, position: int, salt: bytes) -> None:
+        """It is steered otherwise from now on; as in `PrefixWalk`."""
+        self._walk.edit_from(position, salt)
+
     def scheduled(self, cached_tokens: int) -> list[Item]:
         """It runs, and the first `cached_tokens` positions do not."""
         out: list[Item] = []

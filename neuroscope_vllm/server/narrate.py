@@ -90,6 +90,16 @@ class Narrator:
         )
         return "request", None, event
 
+    def steering(self, changed: wire.SteeringChanged) -> Named:
+        event = events.SteeringEvent(
+            request_id=self.started.request_id,
+            choice=self.started.choice,
+            position=changed.position or 0,
+            steering=changed.steering,
+            internal_id=self.started.internal_id,
+        )
+        return "steering", None, event
+
     def tell(self, items: list[Item], choice: Choice) -> Iterator[Named]:
         """Events of what the join put out, in order."""
         for item in items:

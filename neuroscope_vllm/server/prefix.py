@@ -75,7 +75,9 @@ class PrefixWalk:
 
     def edit_from(self, position: int, salt: bytes) -> None:
         """It is steered otherwise from now on."""
-        self._edited_from, self._salt = position, salt
+        before = self._edited_from
+        self._edited_from = position if before is None else min(before, position)
+        self._salt = salt
 
     def add(self, token_id: int, rows: Rows | None, row: int) -> None:
         """The next position and its row, None if it has none."""

@@ -86,6 +86,7 @@ class SteeredReference:
             change[:, prompt:] = 0
         elif where == "generated":
             change[:, :prompt] = 0
+        change[:, edit.get("until", change.shape[1]) :] = 0
         return change
 
     def generate(
@@ -102,7 +103,7 @@ class SteeredReference:
 
 def ask(
     served: Served,
-    text: str,
+    prompt: str | list[int],
     options: dict[str, Any] | None = None,
     *,
     count: int = 12,
@@ -112,7 +113,7 @@ def ask(
     """POST /v1/completions, greedy, whatever the answer."""
     given = {
         "model": "tiny",
-        "prompt": text,
+        "prompt": prompt,
         "max_tokens": count,
         "temperature": 0,
         "ignore_eos": True,

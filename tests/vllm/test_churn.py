@@ -25,6 +25,7 @@ import pytest
 from tests.support import models
 from tests.support.oracle import Comparison, Oracle
 from tests.support.served import SMALL, V2_ON_CPU, Served, lines, start_neuroscope
+from tests.support.steered import Generated, SteeredReference, ask, assert_same, generated
 
 TOP_K = 8
 BUDGET = 64
@@ -129,6 +130,8 @@ class Outcome:
     traces: dict[str, list[dict[str, Any]]]
     vllm: Counter[str]
     workers: list[dict[str, Any]]
+    steered: list[Generated]
+    """Answers to `STEERED`, which were asked together when the storm was over."""
 
 
 @pytest.fixture(scope="module")
@@ -159,9 +162,33 @@ def outcome(
         traces = {one.id: server.trace(one.id, len(one.choices), timeout=120) for one in sent}
         describe = httpx.get(f"{server.features}/v1/features/describe").json()
         workers = [s for s in describe["senders"] if s["role"] == "worker"]
-        return Outcome(sent, traces, metrics(server), workers)
+        seen = metrics(server)
+        with ThreadPoolExecutor(len(STEERED)) as pool:
+            answers = list(pool.map(lambda one: ask_steered(server, mode, *one), STEERED))
+        return Outcome(sent, traces, seen, workers, answers)
     finally:
         server.stop()
+
+
+STEERED: list[tuple[list[int], list[dict[str, Any]]]] = [
+    ([40 + 7 * i % 90 for i in range(50)], [{"op": "add", "feature": 17, "value": 6.0}]),
+    ([40 + 7 * i % 90 for i in range(50)], []),
+    ([9, 8, 7, 6, 5] * 4, [{"op": "add", "feature": 3, "value": 4.0, "positions": "generated"}]),
+    ([9, 8, 7, 6, 5] * 4, [{"op": "clamp", "feature": 5, "value": 5.0, "positions": "prompt"}]),
+    ([200, 100, 50], [{"op": "scale", "feature": f, "value": -1.0} for f in range(7)]),
+    ([200, 100, 50], []),
+]
+"""Prompts and the edits of them at every observed layer."""
+
+
+def edits_of(mode: Mode, edits: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{**edit, "layer": layer} for edit in edits for layer in mode.layers]
+
+
+def ask_steered(
+    served: Served, mode: Mode, prompt: list[int], edits: list[dict[str, Any]]
+) -> Generated:
+    return generated(ask(served, prompt, {"steer": edits_of(mode, edits)}, count=8))[1]
 
 
 class Storm:
@@ -303,6 +330,17 @@ def test_everything_once_in_order_with_its_own_features(
     assert counts["cached_without_features"] == 0
     for name in mode.exercised:
         assert counts[name] > 0, f"the run had no {name}"
+
+
+def test_steered_ones_are_steered_as_by_a_forward_hook(
+    outcome: Outcome, mode: Mode, model: Path, saes: dict[int, Path]
+) -> None:
+    """On every rank and stage, under chunks and drafts, and beside others that are not."""
+    reference = SteeredReference(model, saes)
+    for found, (prompt, edits) in zip(outcome.steered, STEERED, strict=True):
+        assert_same(found, reference.generate(prompt, edits_of(mode, edits), 8), TOLERANCE)
+    assert outcome.steered[0] != outcome.steered[1]
+    assert outcome.steered[4] != outcome.steered[5]
 
 
 def test_the_configuration_is_the_one_asked_for(outcome: Outcome, mode: Mode) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -270,3 +273,146 @@ def test_presets_are_the_operators(served: Served, reference: SteeredReference) 
         {"op": "ablate", "layer": 20, "feature": 8},
     ]
     assert_same(found, reference.generate(prompt_ids, edits, 12))
+
+
+def steer(served: Served, name: str, body: Any) -> httpx.Response:
+    url = f"{served.features}/v1/requests/{name}/steering"
+    if body is None:
+        return httpx.delete(url, timeout=30)
+    return httpx.put(url, content=body if isinstance(body, str) else json.dumps(body), timeout=30)
+
+
+def test_a_running_request_is_steered_otherwise(
+    served: Served, reference: SteeredReference
+) -> None:
+    edit = {"op": "add", "layer": 5, "feature": 9, "value": 9.0, "positions": "generated"}
+    prompt = [7 * i % 300 + 5 for i in range(60)]
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(ask, served, prompt, count=700, request_id="turned")
+        deadline = time.monotonic() + 60
+        while (answer := steer(served, "cmpl-turned", {"steer": [edit]})).status_code == 404:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert answer.status_code == 200, answer.text
+        refused = steer(served, "cmpl-turned", {"steer": [{**edit, "feature": 512}]})
+        stopped = steer(served, "cmpl-turned", None)
+        _, found = generated(running.result(120))
+    (changed,) = answer.json()["choices"]
+    assert changed["steering"]["edits"][0]["value"] == 9.0
+    assert (refused.status_code, "steer[0].feature" in refused.text) == (400, True)
+    first, end = changed["position"], stopped.json()["choices"][0]["position"]
+    assert stopped.json()["choices"][0]["steering"] is None
+    assert len(prompt) < first < end < len(prompt) + 700
+    (trace,) = served.trace("cmpl-turned")
+    told = [e for e in trace["events"] if e["event"] == "steering"]
+    assert [(e["position"], bool(e["steering"])) for e in told] == [(first, True), (end, False)]
+    edited = [e["position"] for e in trace["events"] if e.get("steered")]
+    assert edited == list(range(first, end))
+
+    # What a hook does that begins and ends there. The first token after the change is the first
+    # that the edit could alter.
+    ids = [*prompt, *found.ids]
+    logprobs, _ = reference.run(ids, [{**edit, "until": end}], first)
+    chosen = [float(logprobs[at - 1, ids[at]]) for at in range(len(prompt), len(ids))]
+    assert found.logprobs == pytest.approx(chosen, rel=1e-3, abs=1e-3)
+
+    # Neither who asks for all of that text unsteered nor the readers get what was steered.
+    again = ask(served, ids[: end + 40], count=4, request_id="after")
+    assert_same(generated(again)[1], reference.generate(ids[: end + 40], [], 4))
+    (trace,) = served.trace("cmpl-after")
+    _, plain = reference.run(ids[: end + 40], [], 0)
+    rows = reference.encode(20, plain[20]).detach()
+    cached = 0
+    for event in trace["events"]:
+        if event.get("cached") and event["layer"] == 20:
+            cached += 1
+            for feature in event["top_features"]:
+                expected = float(rows[event["position"], feature["index"]])
+                assert feature["activation"] == pytest.approx(expected, rel=2e-3, abs=3e-3)
+    assert 0 < cached <= first
+    assert steer(served, "cmpl-turned", {"steer": [edit]}).status_code == 409
+    assert steer(served, "cmpl-nobody", {"steer": [edit]}).status_code == 404
+    for nonsense in ("", "[]", '{"steer": 1}', '{"prompt_features": "all"}', "\x00", '"' * 70_000):
+        assert steer(served, "cmpl-after", nonsense).status_code in (400, 413)
+
+
+MALFORMED: list[Any] = [
+    *("", "x", "[]", "null", "1", '"a"', "{", '{"steer"}', "\ud83d", "{" * 5000, '{"steer": null}'),
+    *('{"steer": {}}', '{"steer": [1]}', '{"steer": [[]]}', '{"steer": "add"}', '{"stear": []}'),
+    *('{"preset": "none"}', '{"preset": 3}', '{"preset": ["both", ""]}', '{"rules": 1}'),
+    '{"steer": [{"op": "add", "layer": 20, "feature": 1, "value": NaN}]}',
+    '{"steer": [{"op": "add", "layer": 20, "feature": 1, "value": 1e999}]}',
+    '{"steer": [{"op": "add", "layer": 20, "feature": 1, "value": 1}, {}]}',
+    '{"steer": [{"op": "add", "layer": 20, "feature": 99999999999999999999, "value": 1}]}',
+]
+GOOD = {"op": "add", "layer": 20, "feature": 1, "value": 1.0}
+SPOILT: list[dict[str, Any]] = [
+    *({"op": op} for op in ("sub", "", None, 1, "ADD", "ablate", "direction", [], {})),
+    *({"layer": x} for x in (-1, 4, 21, 1 << 40, "20", 20.5, None, True, [], 1e300)),
+    *({"feature": x} for x in (-1, 512, 1 << 31, "1", 1.5, None, False, [1], {})),
+    *({"value": x} for x in (None, "1", 1e7, -1e300, [], True, "nan", {})),
+    *({"unit": x} for x in ("max", "sigma", 1, None, "RAW")),
+    *({"positions": x} for x in ("some", 1, None, ["all"])),
+    *({"op": "direction", "direction": x, "feature": None} for x in ("six", "", 1, None, "../v")),
+    *({"direction": "seven"}, {"extra": 1}, {"op": "ablate", "value": 2}),
+    *({"op": "scale", "unit": "max"}, {"op": "direction", "direction": "seven"}),
+    {"op": "clamp", "value": None},
+    {"op": "direction", "direction": "seven", "feature": None, "layer": 20},
+]  # fmt: skip
+WHEN = {"layer": 20, "feature": 3, "above": 1.0}
+RULES: list[Any] = [
+    *({"when": WHEN}, {"stop": True}, {"when": {}, "stop": True}, {"when": WHEN, "tag": "x" * 65}),
+    *({"when": {**WHEN, "last": x}, "stop": True} for x in (0, -1, 1 << 40, "1")),
+    *({"when": {**WHEN, "above": x}, "stop": True} for x in (None, "1", 1e9)),
+    *({"when": {**WHEN, "feature": x}, "stop": True} for x in (-1, 512, None)),
+    {"when": WHEN, "steer": [{**GOOD, "positions": "prompt"}]},
+    {"when": WHEN, "steer": [{**GOOD, "feature": -1}]},
+    {"when": WHEN, "tag": ""},
+    {"when": WHEN, "stop": True, "name": ""},
+]
+
+
+def malformed() -> Iterator[str]:
+    yield from MALFORMED
+    for spoilt in SPOILT:
+        yield json.dumps({"steer": [{**GOOD, **spoilt}]})
+    for rule in RULES:
+        yield json.dumps({"rules": [rule]})
+    yield json.dumps({"steer": [GOOD] * 9})
+    yield json.dumps({"steer": [GOOD] * 10_000})
+    yield json.dumps({"rules": [{"when": WHEN, "tag": "t"}] * 5})
+    yield json.dumps({"preset": ["both"] * 20})
+
+
+def test_malformed_specifications_are_refused_and_harm_nobody(
+    served: Served, plain: tuple[list[int], Generated]
+) -> None:
+    """Each a 400 that says what is wrong, never an answer that is not steered."""
+    asked = list(malformed())
+    assert len(asked) >= 100
+
+    def send(options: str) -> httpx.Response:
+        body = {"model": "tiny", "prompt": PROMPT, "max_tokens": 1}
+        content = json.dumps({**body, "vllm_xargs": {"neuroscope": options}})
+        headers = {"content-type": "application/json"}
+        return httpx.post(
+            f"{served.chat}/v1/completions", content=content, headers=headers, timeout=60
+        )
+
+    with ThreadPoolExecutor(8) as pool:
+        for options, answer in zip(asked, pool.map(send, asked), strict=True):
+            assert answer.status_code == 400, (options[:200], answer.text[:300])
+            message = answer.json()["error"]["message"]
+            assert "neuroscope" in message, (options[:200], message)
+            assert "Traceback" not in message
+            assert len(message) < 1500, message
+    assert generated(ask(served, PROMPT)) == plain
+
+
+def test_what_we_note_is_not_taken_from_clients(served: Served) -> None:
+    forged = {"slots": [{"layer": 20, "feature": 1, "constant": 99.0}]}
+    for value in (json.dumps(forged), "x", 1):
+        xargs = {"neuroscope_steering": value}
+        answer = ask(served, PROMPT, vllm_xargs=xargs)
+        assert answer.status_code == 400
+        assert "reserved" in answer.text

@@ -20,6 +20,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.support.served import SMALL, V2_ON_CPU, Served, sse_events, start_neuroscope
+from tests.support.steered import SteeredReference, ask, assert_same, generated
 
 TOP_K = 8
 CHATS = 8
@@ -140,6 +141,21 @@ def test_features_equal_transformers_and_saelens(
             assert abs(row["l0"] - int((expected > 0).sum())) <= 1
             compared += 1
     assert compared > CHATS * 20
+
+
+def test_steering_is_what_a_forward_hook_does(served: Served, model: Path, tiny_sae: Path) -> None:
+    """In the compiled graph too."""
+    reference = SteeredReference(model, {20: tiny_sae})
+    prompt = [11 * i % 300 + 5 for i in range(70)]
+    for edit in (
+        {"op": "add", "layer": 20, "feature": 17, "value": 9.0},
+        {"op": "clamp", "layer": 20, "feature": 3, "value": 6.0, "positions": "generated"},
+    ):
+        _, found = generated(ask(served, prompt, {"steer": [edit]}, count=8))
+        _, plain = generated(ask(served, prompt, count=8))
+        assert_same(found, reference.generate(prompt, [edit], 8))
+        assert_same(plain, reference.generate(prompt, [], 8))
+        assert found != plain
 
 
 def test_live_stream_beside_a_chat_has_text_and_features(served: Served) -> None:

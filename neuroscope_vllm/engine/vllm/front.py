@@ -26,10 +26,8 @@ from neuroscope_vllm.core.keys import check_reachable, hub_endpoint
 from neuroscope_vllm.core.sae import check_fits, load_sae
 from neuroscope_vllm.core.sae.info import SAEInfo
 from neuroscope_vllm.core.sae.observed import calibration_of, check_calibration, named, observed
-from neuroscope_vllm.core.steering import catalogue as steering
-from neuroscope_vllm.core.steering.asked import Asked
-from neuroscope_vllm.core.steering.settle import Refused, settle
-from neuroscope_vllm.engine.vllm import admission, plugin
+from neuroscope_vllm.core.steering.catalogue import Site
+from neuroscope_vllm.engine.vllm import admission, plugin, steer_catalogue
 from neuroscope_vllm.engine.vllm.refusals import check_served, warnings
 from neuroscope_vllm.engine.vllm.settings import KEY, SiteSettings, WorkerSettings, given_flags
 
@@ -80,7 +78,8 @@ def create_engine_config(original: Any, engine_args: Any, *args: Any, **kwargs: 
             settings = msgspec.structs.replace(settings, steering=where)
         sites, steered = _sites(settings, vllm_config.model_config)
         if streams:
-            admission.steer_with(_catalogue(settings, steered, vllm_config))
+            catalogue = steer_catalogue.build(steered, settings.steering, vllm_config)
+            admission.steer_with(catalogue)
         endpoint = _endpoint(hub, settings, vllm_config, listener, sites) if streams else None
     except NeuroscopeError as error:
         if serving:
@@ -113,9 +112,7 @@ def check_sites(sites: dict[int, SAEInfo], model: ModelConfig) -> None:
         )
 
 
-def _sites(
-    settings: Settings, model: ModelConfig
-) -> tuple[list[SiteSettings], dict[int, steering.Site]]:
+def _sites(settings: Settings, model: ModelConfig) -> tuple[list[SiteSettings], dict[int, Site]]:
     """The layers to observe, and what there is to steer them with."""
     found = observed(settings)
     check_sites(found, model)
@@ -129,30 +126,10 @@ def _sites(
         sae = load_sae(source)  # finds NaN and truncation now rather than in a worker
         if calibrated is not None:
             check_calibration(*calibrated, sae, model.model)
-        steered[layer] = steering.Site.of(sae, calibrated[1] if calibrated else None)
+        steered[layer] = Site.of(sae, calibrated[1] if calibrated else None)
         calibration = str(calibrated[0]) if calibrated else None
         sites.append(SiteSettings(layer, pinned(source, info.revision), info, calibration))
     return sorted(sites, key=lambda site: site.layer), steered
-
-
-def _catalogue(
-    settings: Settings, sites: dict[int, steering.Site], vllm_config: VllmConfig
-) -> steering.Catalogue:
-    """Raises ConfigError if the operator's file can not be used with this model."""
-    operator = steering.Operator.load(settings.steering)
-    catalogue = steering.Catalogue.build(
-        sites,
-        operator,
-        d_model=vllm_config.model_config.get_hidden_size(),
-        staged=vllm_config.parallel_config.pipeline_parallel_size > 1,
-    )
-    try:
-        settle(Asked(), catalogue)
-        for name in operator.presets:
-            settle(Asked(preset=name), catalogue)
-    except Refused as refusal:
-        raise ConfigError(f"steering file {settings.steering}: {refusal}") from None
-    return catalogue
 
 
 def _check_ranking(settings: Settings, info: SAEInfo, calibrated: bool) -> None:

@@ -24,8 +24,9 @@ from vllm.v1.request import RequestStatus
 
 from neuroscope_vllm.core import wire
 from neuroscope_vllm.core.sender import Sender
-from neuroscope_vllm.engine.vllm import rule_stops
+from neuroscope_vllm.engine.vllm import live_steering, rule_stops
 from neuroscope_vllm.engine.vllm.ids import identify
+from neuroscope_vllm.engine.vllm.live_steering import LiveSteering
 from neuroscope_vllm.engine.vllm.prefix_salt import steering_of
 from neuroscope_vllm.engine.vllm.settings import (
     WorkerSettings,
@@ -80,7 +81,9 @@ class SchedulerTap:
                 sender, "scheduler", self._engine, self._dp_rank, settings.model, counters=counters
             ),
             self._resync,
+            command=lambda data: self._live_steering.command(data),
         )
+        self._live_steering = LiveSteering(vllm_config, self._steering_changed)
         self._sender.start()
         atexit.register(self._sender.close)
         self._wrap(scheduler)
@@ -125,7 +128,9 @@ class SchedulerTap:
         finish_requests = scheduler.finish_requests
 
         def schedule_and_report(*args: Any, **kwargs: Any) -> Any:
+            changes = self._live_steering.apply(scheduler)
             output = schedule(*args, **kwargs)
+            live_steering.carry(output, changes)
             self._scheduled(output.scheduled_new_reqs)
             return output
 
@@ -150,6 +155,21 @@ class SchedulerTap:
         scheduler.schedule = schedule_and_report
         scheduler.update_from_output = update_and_report
         scheduler.finish_requests = finish_and_report
+
+    def _steering_changed(self, changed: wire.SteeringChanged) -> None:
+        with self._lock:
+            live = self._live.get(changed.internal_id)
+            if live is not None and changed.error is None and changed.position is not None:
+                edited = live.started.edited_from
+                live.started = msgspec.structs.replace(
+                    live.started,
+                    steering=changed.steering,
+                    edited_from=min(
+                        changed.position, changed.position if edited is None else edited
+                    ),
+                    edit_salt=changed.salt,
+                )
+            self._sender.put(changed)
 
     @_guarded
     def _scheduled(self, scheduled: Iterable[Any]) -> None:

@@ -21,6 +21,7 @@ from neuroscope_vllm.core.steering.settled import (
     from_dict,
 )
 from neuroscope_vllm.engine.vllm.ids import STEERING
+from neuroscope_vllm.engine.vllm.live_steering import carried
 from neuroscope_vllm.engine.vllm.steer_report import SpanSteering
 from neuroscope_vllm.engine.vllm.steer_tables import FOREVER, SteerTables
 from neuroscope_vllm.engine.vllm.step import StepView
@@ -64,6 +65,10 @@ class Steerer:
                 given = (new.sampling_params.extra_args or {}).get(STEERING)
                 if given is not None:
                     self._requests[new.req_id] = Steered(from_dict(given), _prompt_length(new))
+        for request_id, (prompt_length, steering) in carried(scheduler_output).items():
+            self._forget(request_id)
+            # Kept without edits too: the V2 runner would begin anew with what the request brought.
+            self._requests[request_id] = Steered(steering or Steering(slots=[]), prompt_length)
 
     def prepared(self, step: StepView) -> None:
         """Just before the forward pass: its rows to the entries of their requests."""

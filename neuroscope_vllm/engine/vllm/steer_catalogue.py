@@ -1,0 +1,45 @@
+"""What this engine can be steered with, for the processes that settle what is asked."""
+
+from __future__ import annotations
+
+from vllm.config import VllmConfig
+
+from neuroscope_vllm.core.calibration import Calibration
+from neuroscope_vllm.core.errors import ConfigError
+from neuroscope_vllm.core.sae import load_sae
+from neuroscope_vllm.core.steering.asked import Asked
+from neuroscope_vllm.core.steering.catalogue import Catalogue, Operator, Site
+from neuroscope_vllm.core.steering.settle import Refused, settle
+from neuroscope_vllm.engine.vllm.settings import worker_settings
+
+
+def build(sites: dict[int, Site], file: str | None, vllm_config: VllmConfig) -> Catalogue:
+    """`file`: the operator's. Raises ConfigError if it can not be used with this model."""
+    operator = Operator.load(file)
+    catalogue = Catalogue.build(
+        sites,
+        operator,
+        d_model=vllm_config.model_config.get_hidden_size(),
+        staged=vllm_config.parallel_config.pipeline_parallel_size > 1,
+    )
+    try:
+        settle(Asked(), catalogue)
+        for name in operator.presets:
+            settle(Asked(preset=name), catalogue)
+    except Refused as refusal:
+        raise ConfigError(f"steering file {file}: {refusal}") from None
+    return catalogue
+
+
+def build_again(vllm_config: VllmConfig) -> Catalogue:
+    """In an engine core: what the front process built."""
+    settings = worker_settings(vllm_config)
+    assert settings is not None
+    sites = {
+        site.layer: Site.of(
+            load_sae(site.source),
+            Calibration.load(site.calibration) if site.calibration else None,
+        )
+        for site in settings.sites
+    }
+    return build(sites, settings.settings.steering, vllm_config)

@@ -1,0 +1,273 @@
+"""What is asked of steering comes to what is meant, or is refused by the field's name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from neuroscope_vllm.core.errors import ConfigError
+from neuroscope_vllm.core.request import RequestOptions, request_options
+from neuroscope_vllm.core.steering.asked import Asked, Edit, Rule
+from neuroscope_vllm.core.steering.catalogue import Catalogue, Operator, Site
+from neuroscope_vllm.core.steering.settle import Refused, settle
+from neuroscope_vllm.core.steering.settled import MAX_RULES, MAX_SLOTS, Steering, from_dict
+
+WIDTH, D_MODEL = 32, 8
+
+
+def site(*, calibrated: bool = True, gates: bool = True) -> Site:
+    return Site(
+        source="sae",
+        norm=np.full(WIDTH, 2.0, np.float32),
+        maximum=np.arange(WIDTH, dtype=np.float32) if calibrated else None,
+        median_norm=100.0 if calibrated else None,
+        gates=gates,
+    )
+
+
+CATALOGUE = Catalogue({5: site(calibrated=False), 20: site()})
+
+
+def one(edit: dict[str, Any], catalogue: Catalogue = CATALOGUE) -> Steering:
+    given = {"layer": 20, "feature": 3, **edit}
+    found = settle(msgspec.convert({"steer": [given]}, Asked), catalogue)
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize(
+    ("edit", "per_activation", "constant"),
+    [
+        ({"op": "add", "value": 40}, 0, 40),
+        ({"op": "add", "value": -2, "unit": "max"}, 0, -6),
+        ({"op": "clamp", "value": 7}, -1, 7),
+        ({"op": "clamp", "value": 10, "unit": "max"}, -1, 30),
+        ({"op": "scale", "value": 4}, 3, 0),
+        ({"op": "ablate"}, -1, 0),
+    ],
+)
+def test_edits_are_two_numbers(
+    edit: dict[str, Any], per_activation: float, constant: float
+) -> None:
+    (slot,) = one(edit).slots
+    assert (slot.layer, slot.feature) == (20, 3)
+    assert (slot.per_activation, slot.constant) == (per_activation, constant)
+
+
+@given(
+    st.sampled_from(["add", "clamp", "scale", "ablate"]),
+    st.floats(-300, 300),
+    st.sampled_from(["all", "prompt", "generated"]),
+)
+def test_readers_are_told_what_was_asked(op: str, value: float, positions: str) -> None:
+    edit = {"op": op, "value": value, "positions": positions}
+    if op == "ablate":
+        del edit["value"]
+    catalogue = Catalogue({20: site()}, Operator(max_dose=1e9))
+    steering = one(edit, catalogue)
+    assert from_dict(json.loads(json.dumps(steering.to_dict()))) == steering
+    told = steering.describe()["edits"]
+    if not steering.edits:
+        assert told == []
+        return
+    (said,) = told
+    assert said["positions"] == positions
+    again = one({"op": said["op"], **({"value": said["value"]} if "value" in said else {}),
+                 "positions": positions}, catalogue)  # fmt: skip
+    assert again.slots[0].constant == pytest.approx(steering.slots[0].constant)
+    assert again.slots[0].per_activation == pytest.approx(steering.slots[0].per_activation)
+
+
+def test_the_dose_is_the_change_over_the_usual_norm() -> None:
+    assert one({"op": "add", "value": 40}).doses == {20: 0.8}
+    assert one({"op": "add", "value": 40}).warnings == []
+    loud = one({"op": "add", "value": 60})
+    assert loud.doses == {20: 1.2}
+    assert "layer 20 by up to 1.2" in loud.warnings[0]
+    assert one({"op": "scale", "value": 21}).doses == {20: 1.2}
+    assert one({"op": "ablate"}).doses == {20: 0.0}
+    assert one({"op": "scale", "value": 0.5}).doses == {20: 0.0}
+    with pytest.raises(Refused, match=r"layer 20 by up to 4\.2 .* limit is 4"):
+        one({"op": "add", "value": 210})
+    both = [Edit(op="add", layer=20, feature=f, value=110.0) for f in (1, 2)]
+    with pytest.raises(Refused, match="limit"):
+        settle(Asked(steer=both), CATALOGUE)
+    # Where nothing is known, nothing is refused for its size but what no float16 holds.
+    assert one({"op": "add", "value": 1e6, "layer": 5}).doses == {}
+    with pytest.raises(Refused, match=r"steer\[0\]\.value"):
+        one({"op": "add", "value": 1e7, "layer": 5})
+
+
+@pytest.mark.parametrize(
+    ("edit", "why"),
+    [
+        ({"op": "add"}, "value: give a number"),
+        ({"op": "add", "value": float("nan")}, "value: nan"),
+        ({"op": "add", "value": float("-inf")}, "value: -inf"),
+        ({"op": "add", "value": 1, "feature": 32}, "feature: 32 does not exist"),
+        ({"op": "add", "value": 1, "feature": None}, "feature: name one, 0 to 31"),
+        ({"op": "add", "value": 1, "layer": 7}, "layer: no SAE of layer 7 is served.*5, 20"),
+        ({"op": "add", "value": 1, "layer": None}, "layer: say which of layer 5, 20"),
+        ({"op": "ablate", "value": 1}, "value: ablate takes none"),
+        ({"op": "scale", "value": 1, "unit": "max"}, "unit: scale is a ratio"),
+        ({"op": "add", "value": 1, "unit": "max", "layer": 5}, "unit: SAE sae has no calibration"),
+        ({"op": "add", "value": 1, "unit": "max", "feature": 0}, "unit: feature 0 never fired"),
+        ({"op": "add", "value": 1, "direction": "x"}, "direction: only op direction"),
+        ({"op": "direction", "value": 1, "direction": "x"}, "feature: op direction adds no"),
+        (
+            {"op": "direction", "value": 1, "direction": "x", "feature": None},
+            "direction: no direction is",
+        ),
+    ],
+)
+def test_refusals_name_the_field(edit: dict[str, Any], why: str) -> None:
+    with pytest.raises(Refused, match=rf"^steer\[0\]\.{why}"):
+        one(edit)
+
+
+def test_a_top_k_sae_gates_nothing() -> None:
+    """One feature's activation depends on all the others there."""
+    catalogue = Catalogue({20: site(gates=False)})
+    assert one({"op": "add", "value": 1}, catalogue).edits
+    for edit in ({"op": "clamp", "value": 1}, {"op": "ablate"}, {"op": "scale", "value": 2}):
+        with pytest.raises(Refused, match=r"steer\[0\]\.op: SAE sae keeps the k largest"):
+            one(edit, catalogue)
+    rule = msgspec.convert({"when": {"feature": 1, "above": 1}, "stop": True}, Rule)
+    with pytest.raises(Refused, match=r"rules\[0\]\.when\.feature: SAE sae keeps"):
+        settle(Asked(rules=[rule]), catalogue)
+
+
+def test_there_is_room_for_so_many() -> None:
+    edits = [Edit(op="ablate", layer=20, feature=f) for f in range(MAX_SLOTS + 1)]
+    assert settle(Asked(steer=edits[1:]), CATALOGUE) is not None
+    with pytest.raises(Refused, match=f"{MAX_SLOTS + 1} edits and conditions on layer 20"):
+        settle(Asked(steer=edits), CATALOGUE)
+    rule = msgspec.convert({"when": {"layer": 20, "feature": 1, "above": 1}, "tag": "t"}, Rule)
+    assert settle(Asked(rules=[rule] * MAX_RULES), CATALOGUE) is not None
+    with pytest.raises(Refused, match=rf"rules\[{MAX_RULES}\]: a request may have {MAX_RULES}"):
+        settle(Asked(rules=[rule] * (MAX_RULES + 1)), CATALOGUE)
+
+
+def test_what_the_prefix_cache_may_share() -> None:
+    add = {"op": "add", "value": 4}
+    assert one(add).first_edited(50) == 0
+    assert one({**add, "positions": "prompt"}).first_edited(50) == 0
+    assert one({**add, "positions": "generated"}).first_edited(50) == 50
+    tag = {"when": {"layer": 20, "feature": 1, "above": 1}, "tag": "t"}
+    tagged = settle(msgspec.convert({"rules": [tag]}, Asked), CATALOGUE)
+    assert tagged is not None
+    assert tagged.first_edited(50) is None
+    assert not tagged.reads_prompt
+    steers = {**tag, "steer": [{"op": "ablate", "layer": 5, "feature": 1}]}
+    ruled = settle(msgspec.convert({"rules": [steers]}, Asked), CATALOGUE)
+    assert ruled is not None
+    assert ruled.first_edited(50) == 50
+    tag["when"]["positions"] = "all"
+    reads = settle(msgspec.convert({"rules": [tag]}, Asked), CATALOGUE)
+    assert reads is not None
+    assert reads.reads_prompt
+    # Equal for those that steer alike, however they wrote it.
+    assert one(add).digest == one({"op": "add", "value": 4.0, "unit": "raw"}).digest
+    assert one({"op": "clamp", "value": 0}).digest == one({"op": "ablate"}).digest
+    assert one(add).digest != one({**add, "positions": "generated"}).digest
+    assert one(add).digest != one({**add, "feature": 4}).digest
+
+
+def test_under_pipeline_parallelism_rules_stay_on_their_stage() -> None:
+    staged = Catalogue({5: site(), 20: site()}, staged=True)
+    when = {"layer": 5, "feature": 1, "above": 1}
+    ablate = {"op": "ablate", "feature": 1}
+    for rule in ({"stop": True}, {"steer": [{**ablate, "layer": 20}]}):
+        with pytest.raises(Refused, match=r"rules\[0\]: under pipeline parallelism"):
+            settle(msgspec.convert({"rules": [{"when": when, **rule}]}, Asked), staged)
+    same = {"rules": [{"when": when, "steer": [{**ablate, "layer": 5}], "tag": "t"}]}
+    assert settle(msgspec.convert(same, Asked), staged) is not None
+
+
+@pytest.fixture
+def vectors(tmp_path: Path) -> Path:
+    tensors = {"up": torch.full((D_MODEL,), 3.0), "flat": torch.zeros(2, 2)}
+    save_file(tensors, tmp_path / "vectors.safetensors")
+    return tmp_path
+
+
+def operator(folder: Path, text: str) -> Operator:
+    (folder / "steering.yaml").write_text(text)
+    return Operator.load(str(folder / "steering.yaml"))
+
+
+def test_an_operators_file(vectors: Path) -> None:
+    found = operator(
+        vectors,
+        """
+        presets:
+          calm: [{op: add, layer: 20, feature: 1, value: 2}, {op: ablate, layer: 20, feature: 2}]
+        directions:
+          up: {file: vectors.safetensors, tensor: up, layer: 5}
+        rules:
+          - {when: {layer: 20, feature: 4, above: 3}, tag: seen}
+        warn_dose: 0.01
+        """,
+    )
+    catalogue = Catalogue.build({5: site(), 20: site()}, found, d_model=D_MODEL)
+    assert catalogue.norms["up"] == pytest.approx(3 * D_MODEL**0.5)
+    asked = Asked(preset="calm", steer=[Edit(op="direction", direction="up", value=-0.5)])
+    steering = settle(asked, catalogue)
+    assert steering is not None
+    assert [(s.layer, s.feature, s.direction) for s in steering.slots] == [
+        (5, None, "up"), (20, 1, None), (20, 2, None), (20, 4, None),
+    ]  # fmt: skip
+    assert steering.rules[0].tag == "seen"
+    assert len(steering.warnings) == 2
+    # The operator's rules are everybody's, also of who asks for nothing.
+    everybody = settle(Asked(), catalogue)
+    assert everybody is not None
+    assert not everybody.edits
+    with pytest.raises(Refused, match=r"preset: no preset is named clam; did you mean calm\?"):
+        settle(Asked(preset="clam"), catalogue)
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("presets: 3", "presets"),
+        ("preset: {}", "unknown key 'preset'; did you mean presets"),
+        ("max_dose: 0", "max_dose must be above 0"),
+        ("max_dose: .nan", "max_dose must be above 0"),
+        ("directions: {d: {file: none.safetensors, layer: 5}}", "none.safetensors can not be read"),
+        ("directions: {d: {file: vectors.safetensors, layer: 5}}", "holds 2 tensors; name one of"),
+        ("directions: {d: {file: vectors.safetensors, tensor: x, layer: 5}}", "no tensor x"),
+        ("directions: {d: {file: vectors.safetensors, tensor: flat, layer: 5}}", "no vector of"),
+        ("directions: {d: {file: vectors.safetensors, tensor: up, layer: 9}}", "is of layer 9"),
+        ("directions: {d: {file: steering.yaml, tensor: up, layer: 5}}", "can not be read"),
+        ("presets: {a: [{op: up}]}", "Invalid enum value 'up'"),
+        ("a: [", "not valid YAML"),
+    ],
+)
+def test_a_bad_operators_file_is_refused(vectors: Path, text: str, why: str) -> None:
+    with pytest.raises(ConfigError, match=why):
+        Catalogue.build({5: site(), 20: site()}, operator(vectors, text), d_model=D_MODEL)
+
+
+def test_directions_are_of_the_model(vectors: Path) -> None:
+    found = operator(vectors, "directions: {d: {file: vectors.safetensors, tensor: up, layer: 5}}")
+    with pytest.raises(ConfigError, match="has 8 numbers but this model's residuals have 16"):
+        Catalogue.build({5: site()}, found, d_model=16)
+
+
+def test_a_request_brings_it_in_json() -> None:
+    text = '{"steer": [{"op": "ablate", "feature": 3}], "prompt_features": "all"}'
+    options = request_options({"neuroscope": text})
+    assert options == RequestOptions(steer=[Edit(op="ablate", feature=3)], prompt_features="all")
+    assert request_options({"neuroscope": json.loads(text)}) == options
+    with pytest.raises(ValueError, match=r"vllm_xargs\.neuroscope: .*steer\[0\]\.op"):
+        request_options({"neuroscope": '{"steer": [{"op": "sub"}]}'})
