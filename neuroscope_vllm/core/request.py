@@ -38,5 +38,5 @@ def request_options(extra_args: dict[str, Any] | None) -> RequestOptions:
         return msgspec.convert(given, RequestOptions)
     except msgspec.ValidationError as error:
         raise ValueError(f"vllm_xargs.{KEY}: {error}; {_EXPECTED}.") from None
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeError) as error:
         raise ValueError(f"vllm_xargs.{KEY} is not JSON ({error}); {_EXPECTED}.") from None

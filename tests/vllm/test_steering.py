@@ -12,8 +12,10 @@ from typing import Any
 import httpx
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.torch import save_file
 
+from neuroscope_vllm.cli.main import main
 from tests.support import models
 from tests.support.served import SMALL, Served, start_neuroscope
 from tests.support.steered import Generated, SteeredReference, ask, assert_same, generated
@@ -54,7 +56,16 @@ def served(
         tiny_gemma2,
         tiny_sae,
         tmp_path_factory.mktemp("steering") / "log",
-        flags=("--sae", str(early_sae), "--steering", str(direction[0]), "--top-k", "16"),
+        flags=(
+            "--sae",
+            str(early_sae),
+            "--steering",
+            str(direction[0]),
+            "--top-k",
+            "128",
+            "--ranking",
+            "activation",
+        ),
         vllm_flags=FLAGS,
     )
     try:
@@ -185,20 +196,49 @@ def test_what_the_features_are_is_what_the_layers_above_get(
     assert compared > 300
 
 
-def test_a_rule_stops_tags_and_steers(
-    served: Served, reference: SteeredReference, plain: tuple[list[int], Generated]
+def check_dry_run(
+    served: Served, saes: tuple[Path, Path], rules: list[Any], met_at: int, folder: Path
 ) -> None:
+    """The same rules against a trace of a request that had none."""
+    generated(ask(served, PROMPT, request_id="unruled"))
+    served.trace("cmpl-unruled")
+    file = folder / "rules.json"  # which is YAML too
+    file.write_text(json.dumps({"rules": rules}))
+    flags = [word for sae in saes for word in ("--sae", str(sae))]
+    words = ["rules", str(file), "cmpl-unruled", "--url", served.features, "--json", *flags]
+    result = CliRunner().invoke(main, words)
+    assert result.exit_code == 0, result.output
+    stopping, steering = json.loads(result.stdout)
+    assert stopping["stops_at"] == met_at, (rules, result.stdout)
+    assert stopping["hits"][0]["position"] == met_at
+    assert steering["steered"] == [met_at + 1, met_at + 2]
+    assert stopping["tokens"] == 12
+    assert 0 < stopping["unknown"] < 12
+    for wrong, why in ((str(file), "holds no trace"), ("cmpl-nobody", "keeps no such request")):
+        result = CliRunner().invoke(main, [*words[:2], wrong, *words[3:]])
+        assert (result.exit_code, why in result.output) == (1, True), result.output
+
+
+def test_a_rule_stops_tags_and_steers(
+    served: Served,
+    reference: SteeredReference,
+    plain: tuple[list[int], Generated],
+    tiny_sae: Path,
+    early_sae: Path,
+    tmp_path: Path,
+) -> None:
+    saes = (tiny_sae, early_sae)
     prompt_ids, expected = plain
     ids = [*prompt_ids, *expected.ids]
     _, seen = reference.run(ids, [], len(prompt_ids))
-    rows = reference.encode(20, seen[20])[len(prompt_ids) : len(ids) - 1]
-    # A feature that is strongest somewhere in the middle of the answer.
+    rows = reference.encode(20, seen[20]).detach()[len(prompt_ids) : len(ids) - 1]
+    # A feature that is strongest somewhere in the middle of the answer, and reported there.
     at, feature, above = next(
         (int(column.argmax()), index, float(column.topk(2).values.mean()))
         for index, column in enumerate(rows.t())
         if 3 <= int(column.argmax()) <= 7
-        and column.max() > 1
         and column.topk(2).values.diff() < -0.2
+        and index in rows[column.argmax()].topk(100).indices
     )
     when = {"layer": 20, "feature": feature, "above": above}
     stop = {"rules": [{"name": "enough", "when": when, "stop": True, "tag": "seen"}]}
@@ -218,6 +258,7 @@ def test_a_rule_stops_tags_and_steers(
     edit = {"op": "add", "layer": 5, "feature": 9, "value": 8.0}
     steer = {"rules": [{"when": {**when, "last": 2}, "steer": [edit]}]}
     _, found = generated(ask(served, PROMPT, steer, request_id="ruled"))
+    check_dry_run(served, saes, [*stop["rules"], *steer["rules"]], len(prompt_ids) + at, tmp_path)
     (trace,) = served.trace("cmpl-ruled")
     edited = [e["position"] for e in trace["events"] if e.get("steered")]
     first = len(prompt_ids) + at
