@@ -75,11 +75,7 @@ def test_readers_are_told_what_was_asked(op: str, value: float, positions: str) 
     catalogue = Catalogue({20: site()}, Operator(max_dose=1e9))
     steering = one(edit, catalogue)
     assert from_dict(json.loads(json.dumps(steering.to_dict()))) == steering
-    told = steering.describe()["edits"]
-    if not steering.edits:
-        assert told == []
-        return
-    (said,) = told
+    (said,) = steering.describe()["edits"]
     assert said["positions"] == positions
     again = one({"op": said["op"], **({"value": said["value"]} if "value" in said else {}),
                  "positions": positions}, catalogue)  # fmt: skip
@@ -191,6 +187,16 @@ def test_under_pipeline_parallelism_rules_stay_on_their_stage() -> None:
             settle(msgspec.convert({"rules": [{"when": when, **rule}]}, Asked), staged)
     same = {"rules": [{"when": when, "steer": [{**ablate, "layer": 5}], "tag": "t"}]}
     assert settle(msgspec.convert(same, Asked), staged) is not None
+
+
+def test_under_speculative_decoding_rules_tag_only() -> None:
+    drafts = Catalogue({20: site()}, drafts=True)
+    when = {"feature": 1, "above": 1}
+    for rule in ({"stop": True}, {"steer": [{"op": "ablate", "feature": 1}]}):
+        with pytest.raises(Refused, match=r"rules\[0\]: under speculative decoding"):
+            settle(msgspec.convert({"rules": [{"when": when, **rule}]}, Asked), drafts)
+    tag = {"rules": [{"when": when, "tag": "t"}]}
+    assert settle(msgspec.convert(tag, Asked), drafts) is not None
 
 
 @pytest.fixture

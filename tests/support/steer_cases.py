@@ -42,11 +42,18 @@ class Slot(NamedTuple):
 
 
 class Step(NamedTuple):
-    """Rows of one call: (entry, position) of each, entry -1 where nothing is asked for."""
+    """One call.
+
+    Attributes:
+        rows: (entry, position) of each, entry -1 where nothing is asked for.
+        hidden, residual: [n, d_model].
+        earlier: (entry, rule) to the position that met it at an earlier layer.
+    """
 
     rows: list[tuple[int, int]]
     hidden: Tensor
     residual: Tensor
+    earlier: dict[tuple[int, int], int]
 
 
 class Case:
@@ -84,7 +91,10 @@ class Case:
             sizes = torch.rand(len(rows), 1, generator=draw) * 4 + 0.1
             hidden, residual = normal(len(rows), D_MODEL), normal(len(rows), D_MODEL)
             hidden[:, 7] = -0.0
-            self.steps.append(Step(rows, (hidden * sizes).to(dtype), (residual * sizes).to(dtype)))
+            hidden, residual = (hidden * sizes).to(dtype), (residual * sizes).to(dtype)
+            some = [row for row in rows if row[0] >= 0 and pick.random() < 0.2]
+            earlier = {(entry, pick.randrange(3)): position for entry, position in some}
+            self.steps.append(Step(rows, hidden, residual, earlier))
 
     def _slot(self, pick: Random) -> Slot:
         op, gate, meets = pick.choice(OPS), -1, -1
@@ -172,6 +182,8 @@ def run(case: Case, op: Op) -> Outcome:
     tables = case.tables()
     for step in case.steps:
         hidden = step.hidden.clone()
+        for rule, at in step.earlier.items():
+            tables.get_buffer("met")[rule] = at
         call(op, tables, case, step.rows, hidden, step.residual)
         found.hidden.append(hidden)
         found.activation.append(tables.activation(LAYER)[: len(hidden)].clone())
@@ -204,12 +216,12 @@ def expected(case: Case) -> Outcome:
     met: dict[tuple[int, int], int] = {}
     found = Outcome([], [], [])
     for step in case.steps:
+        met |= step.earlier
         hidden, before = step.hidden.clone(), dict(met)
         activation = torch.full((len(hidden), SLOTS), torch.nan)
         for i, (entry, position) in enumerate(step.rows):
             x = step.hidden[i].float() + step.residual[i].float()
             f, total = case.sae.encode(x[None])[0], torch.zeros(D_MODEL, dtype=torch.float64)
-            edited = False
             for number, slot in enumerate(case.entries[entry] if entry >= 0 else []):
                 since = position - before.get((entry, slot.gate), -1000)
                 held = slot.gate < 0 or 0 <= since <= LAST[slot.gate]
@@ -218,12 +230,11 @@ def expected(case: Case) -> Outcome:
                 fires = 0.0 if slot.op == "direction" else float(f[slot.feature])
                 activation[i, number] = fires
                 total += case.change(slot, x.double(), fires)
-                edited |= slot.op != "read"
                 if slot.meets >= 0 and fires > slot.above:
                     rule = entry, slot.meets
                     met[rule] = max(met.get(rule, -1), position)
-            if edited:
-                hidden[i] = (step.hidden[i].double() + total).to(case.dtype)
+            changed = total != 0
+            hidden[i][changed] = (step.hidden[i].double() + total).to(case.dtype)[changed]
         found.hidden.append(hidden)
         found.activation.append(activation)
         table = torch.full((ENTRIES, len(LAST)), NEVER, dtype=torch.int32)
@@ -236,21 +247,23 @@ def expected(case: Case) -> Outcome:
 def assert_same(case: Case, found: Outcome, wanted: Outcome) -> None:
     """Equal to a rounding of float32; rows that nothing edits to the bit."""
     ulp, bits = ULP[case.dtype], BITS[case.dtype]
+    kinds = set()
     for i, step in enumerate(case.steps):
         torch.testing.assert_close(found.hidden[i], wanted.hidden[i], rtol=ulp, atol=2e-5)
         still = (wanted.hidden[i].view(bits) == step.hidden.view(bits)).all(1)
         assert torch.equal(found.hidden[i][still].view(bits), step.hidden[still].view(bits))
-        assert 0 < int(still.sum()) < len(still), "the case tests nothing"
+        kinds |= set(still.tolist())
         torch.testing.assert_close(
             found.activation[i], wanted.activation[i], rtol=1e-5, atol=1e-5, equal_nan=True
         )
         assert torch.equal(found.met[i], wanted.met[i])
+    assert kinds == {True, False}, "the case tests nothing"
 
 
 def clamped_to_what_is_there(op: Op, norm: str | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """(hidden as it was, hidden after), of a row whose feature fires and one whose does not."""
     case = Case(0, norm, dtype)
-    step = Step([(0, 0), (1, 0)], case.steps[0].hidden[:2], case.steps[0].residual[:2])
+    step = Step([(0, 0), (1, 0)], case.steps[0].hidden[:2], case.steps[0].residual[:2], {})
     f = case.sae.encode(step.hidden.float() + step.residual.float())
     picked = [int(f[0].argmax()), int(f[1].argmin())]
     case.entries[:2] = [[Slot("read", feature)] for feature in picked]
@@ -261,6 +274,25 @@ def clamped_to_what_is_there(op: Op, norm: str | None, dtype: torch.dtype) -> tu
     for entry, feature in enumerate(picked):
         case.write(tables, entry, 0, Slot("clamp", feature, there[entry]))
     call(op, tables, case, step.rows, hidden, step.residual)
+    return step.hidden, hidden
+
+
+def just_at_a_threshold(op: Op, norm: str | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(hidden as it was, hidden after), of rows whose features are at their limits, not above."""
+    case = Case(0, norm, dtype)
+    case.sae.b_enc[3] = case.sae.threshold[3] = 0.75
+    step = Step([(0, 0), (1, 0)], case.steps[0].hidden[:2].clone(), case.steps[0].residual[:2], {})
+    f = case.sae.encode(step.hidden.float() + step.residual.float())
+    step.hidden[0], step.residual[0] = 0, 0
+    case.entries[:2] = [[Slot("scale", 3, 5.0)], [Slot("read", int(f[1].argmax()))]]
+    tables, hidden = case.tables(), step.hidden.clone()
+    call(op, tables, case, step.rows, hidden, step.residual)
+    there = float(tables.activation(LAYER)[1, 0])
+    assert there > 0
+    for above, position in ((there, NEVER), (there * 0.99, 0)):
+        case.write(tables, 1, 0, case.entries[1][0]._replace(meets=2, above=above))
+        call(op, tables, case, step.rows, hidden, step.residual)
+        assert int(tables.get_buffer("met")[1, 2]) == position
     return step.hidden, hidden
 
 

@@ -136,16 +136,24 @@ class Catalogue(msgspec.Struct, frozen=True):
     operator: Whose file it was.
     norms: Of the operator's directions, by name.
     staged: Whether layers may lie in different processes, which do not see each other's conditions.
+    drafts: Whether tokens run that may be rejected, and meet conditions before they are.
     """
 
     sites: dict[int, Site]
     operator: Operator = Operator()
     norms: dict[str, float] = {}
     staged: bool = False
+    drafts: bool = False
 
     @classmethod
     def build(
-        cls, sites: dict[int, Site], operator: Operator, *, d_model: int, staged: bool = False
+        cls,
+        sites: dict[int, Site],
+        operator: Operator,
+        *,
+        d_model: int,
+        staged: bool = False,
+        drafts: bool = False,
     ) -> Catalogue:
         """Raises ConfigError if a direction does not fit the model."""
         norms = {}
@@ -162,4 +170,4 @@ class Catalogue(msgspec.Struct, frozen=True):
                     f" {', '.join(map(str, sorted(sites)))}; serve an SAE of that layer too."
                 )
             norms[name] = float(torch.linalg.vector_norm(vector))
-        return cls(sites, operator, norms, staged)
+        return cls(sites, operator, norms, staged, drafts)

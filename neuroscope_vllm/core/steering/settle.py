@@ -147,6 +147,11 @@ class _Settling:
             self._edit(edit, f"{where}.steer[{i}]", gate=number)
         if self._catalogue.staged:
             self._check_stages(rule, where, number)
+        if self._catalogue.drafts and (rule.steer or rule.stop):
+            raise Refused(
+                f"{where}: under speculative decoding a draft that is rejected may meet the"
+                " condition, so a rule can only tag; serve without it to steer or stop."
+            )
 
     def _check_stages(self, rule: Rule, where: str, number: int) -> None:
         layers = {slot.layer for slot in self._slots if number in (slot.gate, slot.meets)}

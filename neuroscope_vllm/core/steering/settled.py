@@ -98,7 +98,9 @@ class Steering(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     def describe(self) -> dict[str, Any]:
         """For readers: values in the residual's own units, whatever they were given in."""
-        found: dict[str, Any] = {"edits": [_edit(s, self.rules) for s in self.slots if s.writes]}
+        found: dict[str, Any] = {
+            "edits": [_edit(s, self.rules) for s in self.slots if s.meets == NO_RULE]
+        }
         if self.rules:
             found["rules"] = [
                 {

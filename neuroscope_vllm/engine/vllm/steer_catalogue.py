@@ -21,6 +21,7 @@ def build(sites: dict[int, Site], file: str | None, vllm_config: VllmConfig) -> 
         operator,
         d_model=vllm_config.model_config.get_hidden_size(),
         staged=vllm_config.parallel_config.pipeline_parallel_size > 1,
+        drafts=vllm_config.speculative_config is not None,
     )
     try:
         settle(Asked(), catalogue)

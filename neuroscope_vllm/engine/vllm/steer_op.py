@@ -1,15 +1,19 @@
 """The custom op that edits the residual stream inside the compiled graph.
 
 Which rows it edits, and how, is the content of persistent tables: changed between forward passes,
-never a recapture. A row without an entry keeps its bits.
+never a recapture. A row without an entry keeps its bits. The CPU's way is here; CUDA's, of the same
+meaning, in `steer_kernel`.
 """
 
 from __future__ import annotations
 
-import itertools
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.functional import embedding_bag
 
 from neuroscope_vllm.core.steering.arithmetic import activations, change
 
@@ -19,8 +23,8 @@ USED, FIRST, END, GATE, MEETS = range(5)
 PER_ACTIVATION, CONSTANT, SHARE, BIAS, THRESHOLD, NORMED, ABOVE = range(7)
 NEVER = -(1 << 30)
 
-_PAIRS_AT_ONCE = 2048
-"""Of a row and one of its slots; each takes three vectors."""
+_ROWS_AT_ONCE = 128
+"""Each takes three vectors, and three for each of its slots: what stays in a core's cache."""
 
 library = torch.library.Library("neuroscope", "FRAGMENT")
 library.define(
@@ -48,67 +52,93 @@ def steer(
         x + sum over its slots of (per_activation f + constant) d - share x
 
     in place in `hidden`, all from the same x; f goes to `activation`, and to `met` what it meets.
+    No row of a call sees what the call itself meets.
 
     Args:
         hidden, residual: [n, d_model], model dtype.
         rows: int32 [max_rows, 2], ENTRY (-1: none) and POSITION.
         last: int32 [entries, rules], tokens after it for which a rule stays met.
         met: int32 [entries, rules], latest position that met the rule; NEVER.
-        slots: int32 [entries, slots, 5], USED to MEETS: positions [FIRST, END), numbers of rules.
+        slots: int32 [entries, slots, 5], USED to MEETS: positions [FIRST, END), numbers of rules;
+            of GATE and MEETS a slot has one at most.
         numbers: float32 [entries, slots, 7], PER_ACTIVATION to ABOVE.
         reading, writing: float32 [entries, slots, d_model].
         activation: float32 [max_rows, slots]; written where a slot of the row was live.
         input_norm: As in `SAEInfo`.
     """
-    entry, position = rows[: len(hidden), ENTRY], rows[: len(hidden), POSITION]
-    if not (entry >= 0).any():
+    # Where it is about small integers, numpy is several times faster than torch.
+    table = rows[: len(hidden)].numpy()
+    named = (table[:, ENTRY] >= 0).nonzero()[0]
+    if not len(named):
         return
-    live = _live(entry, position, slots, met, last)
-    row, slot = live.nonzero(as_tuple=True)
-    # Whole rows together, so that all slots of a row see the same x.
-    bounds = _chunks(row)
-    for start, stop in itertools.pairwise(bounds):
-        r, s = row[start:stop], slot[start:stop]
-        e = entry[r].long()
-        x = hidden[r].float() + residual[r].float()
-        number, write = numbers[e, s], writing[e, s]
-        f = activations(x, reading[e, s], number[:, BIAS], number[:, THRESHOLD], input_norm)
-        activation[r, s] = f
-        amount = number[:, PER_ACTIVATION] * f + number[:, CONSTANT]
-        delta = change(amount, write, number[:, NORMED], x, input_norm)
-        delta -= number[:, SHARE, None] * x
-        edited, at = r.unique_consecutive(return_inverse=True)
-        total = torch.zeros(len(edited), x.shape[1]).index_add_(0, at, delta)
-        hidden[edited] = (hidden[edited].float() + total).to(hidden.dtype)
-        meets = slots[e, s, MEETS]
-        now = (meets >= 0) & (f > number[:, ABOVE])
-        rule = (e * met.shape[1] + meets)[now]
-        met.view(-1).scatter_reduce_(0, rule, position[r][now], "amax")
+    live = _live(table[named], slots.numpy(), met.numpy(), last.numpy())
+    some = live.any(axis=1)
+    named, live = named[some], live[some]
+    for start in range(0, len(named), _ROWS_AT_ONCE):
+        row = named[start : start + _ROWS_AT_ONCE]
+        at, slot = live[start : start + _ROWS_AT_ONCE].nonzero()  # pairs of a row and its slot
+        entry, position = table[row[at]].T
+        place = torch.from_numpy(row)
+        before = hidden.index_select(0, place).float()
+        x = before + residual.index_select(0, place).float()
+
+        pair = torch.from_numpy(entry * slots.shape[1] + slot)
+        number = numbers.flatten(0, 1).index_select(0, pair)
+        per_activation, constant, share, bias, threshold, normed, above = number.unbind(1)
+        alone = len(at) == len(row)
+        each = x if alone else x.index_select(0, torch.from_numpy(at))
+        read = reading.flatten(0, 1).index_select(0, pair)
+        f = activations(each, read, bias, threshold, input_norm)
+        activation.numpy()[row[at], slot] = f.numpy()
+
+        meets = slots.numpy()[entry, slot, MEETS]
+        now = (meets >= 0) & (f.numpy() > above.numpy())
+        np.maximum.at(met.numpy(), (entry[now], meets[now]), position[now])
+
+        amount, shares = per_activation * f + constant, share.numpy().any()
+        if not (shares or amount.numpy().any()):
+            continue  # conditions only
+        write = writing.flatten(0, 1).index_select(0, pair)
+        delta = change(amount, write, normed, each, input_norm)
+        if shares:
+            delta -= torch.where(share.unsqueeze(1) != 0, share.unsqueeze(1) * each, 0.0)
+        total = delta if alone else _sums(delta, at)
+        after = torch.where(total == 0, before, before + total)  # -0 keeps its sign
+        hidden.index_copy_(0, place, after.to(hidden.dtype))
 
 
-def _live(entry: Tensor, position: Tensor, slots: Tensor, met: Tensor, last: Tensor) -> Tensor:
-    """bool [n, slots]: used, at its positions, and its rule met."""
-    e = entry.clamp(min=0).long()
-    slot, at = slots[e], position.unsqueeze(1)
-    live = (entry >= 0).unsqueeze(1) & (slot[..., USED] > 0)
-    live &= (slot[..., FIRST] <= at) & (at < slot[..., END])
-    gate = slot[..., GATE]
-    rule = gate.clamp(min=0).long()
-    since = at - met[e].gather(1, rule)
-    return live & ((gate < 0) | ((since >= 0) & (since <= last[e].gather(1, rule))))
+def _live(
+    rows: NDArray[np.int32],
+    slots: NDArray[np.int32],
+    met: NDArray[np.int32],
+    last: NDArray[np.int32],
+) -> NDArray[np.bool_]:
+    """bool [n, slots] of rows [n, 2] with an entry: used, at its positions, and its rule met."""
+    entry, position = rows[:, ENTRY], rows[:, POSITION]
+    slot, at = slots[entry], position[:, None]
+    live = (slot[..., USED] > 0) & (slot[..., FIRST] <= at) & (at < slot[..., END])
+    gated = live & (slot[..., GATE] >= 0)
+    if gated.any():
+        row = gated.nonzero()[0]
+        rule = entry[row], slot[gated][:, GATE]
+        since = position[row] - met[rule]
+        live[gated] = (since >= 0) & (since <= last[rule])
+    return live
 
 
-def _chunks(row: Tensor) -> list[int]:
-    """Bounds of stretches of about `_PAIRS_AT_ONCE` pairs that split no row."""
-    if len(row) <= _PAIRS_AT_ONCE:
-        return [0, len(row)]
-    ends = (row.diff().nonzero().squeeze(1) + 1).tolist()
-    bounds = [0]
-    for end in ends:
-        if end - bounds[-1] >= _PAIRS_AT_ONCE:
-            bounds.append(end)
-    return [*bounds, len(row)]
+def _sums(delta: Tensor, at: NDArray[np.int64]) -> Tensor:
+    """The sum of each row's pairs, which lie together: delta [pairs, d_model], at [pairs]."""
+    first = torch.from_numpy(np.diff(at, prepend=-1).nonzero()[0])
+    # index_add_ shares out however little there is to add among all threads.
+    return embedding_bag(torch.arange(len(delta)), delta, first, mode="sum")
+
+
+def _steer_on_cuda(*args: Any) -> None:
+    from neuroscope_vllm.engine.vllm import steer_kernel  # Triton, which a CPU build has not
+
+    steer_kernel.steer(*args)
 
 
 library.impl("steer", steer, "CPU")
+library.impl("steer", _steer_on_cuda, "CUDA")
 torch.library.register_fake("neuroscope::steer", lambda *args: None)

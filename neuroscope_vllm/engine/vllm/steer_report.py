@@ -34,7 +34,7 @@ class SpanSteering(NamedTuple):
 def steered_rows(part: SpanSteering, found: NDArray[np.float32]) -> list[wire.SteeredRows]:
     """Of the features that are edited. `found`: `part.found` on the host."""
     width = len(part.slots)
-    edited = [column for column, slot in enumerate(part.slots) if slot.writes]
+    edited = [column for column, slot in enumerate(part.slots) if slot.meets == NO_RULE]
     if not edited:
         return []
     return [

@@ -77,11 +77,17 @@ class SteerTables(nn.Module):
 
     def activation_after(self, layer: int, entry: int, slots: int, x: Tensor) -> Tensor:
         """float32 [n, slots]: f of an entry's first `slots`, of rows x [n, d_model] as edited."""
-        numbers = self.get_buffer(f"numbers_{layer}")[entry, :slots]
         reading = self.get_buffer(f"reading_{layer}")[entry, :slots]
         pre = normalise_rows(x.float(), self._input_norms[layer]) @ reading.t()
-        pre += numbers[:, steer_op.BIAS]
-        return torch.where(pre > numbers[:, steer_op.THRESHOLD], pre, 0.0)
+        return _gated(pre, self.get_buffer(f"numbers_{layer}")[entry, :slots])
+
+    def activations_after(self, layer: int, rows: slice, slots: int, x: Tensor) -> Tensor:
+        """The same of the step's `rows`, each of its own entry."""
+        entry = self.rows[rows, steer_op.ENTRY]
+        reading = self.get_buffer(f"reading_{layer}")[:, :slots].index_select(0, entry)
+        each = normalise_rows(x.float(), self._input_norms[layer]).unsqueeze(1)
+        numbers = self.get_buffer(f"numbers_{layer}")[:, :slots].index_select(0, entry)
+        return _gated(torch.linalg.vecdot(each, reading), numbers)
 
     def clear_entry(self, entry: int, last: list[int]) -> None:
         """Nothing is done for it any more; `last` of its next rules."""
@@ -136,3 +142,9 @@ class SteerTables(nn.Module):
         if self._dirty:
             self.rows[: self._dirty].fill_(-1)
             self._dirty = 0
+
+
+def _gated(pre: Tensor, numbers: Tensor) -> Tensor:
+    """f of pre-activations [n, slots] without their bias; numbers: [n or none, slots, 7]."""
+    pre = pre + numbers[..., steer_op.BIAS]
+    return torch.where(pre > numbers[..., steer_op.THRESHOLD], pre, 0.0)

@@ -30,12 +30,17 @@ from neuroscope_vllm.engine.vllm.step import StepView
 class Steered:
     """A request that steers."""
 
-    __slots__ = ("entry", "prompt_length", "steering")
+    __slots__ = ("entry", "prompt_length", "reported", "steering")
 
     def __init__(self, steering: Steering, prompt_length: int) -> None:
         self.steering = steering
         self.prompt_length = prompt_length
         self.entry: int | None = None
+        self.reported: dict[int, list[Slot]] = {}
+        """By layer, slots of features: readers hear of those."""
+        for slot in steering.slots:
+            if slot.feature is not None:
+                self.reported.setdefault(slot.layer, []).append(slot)
 
 
 class Steerer:
@@ -92,21 +97,47 @@ class Steerer:
         self, step: StepView, resid_post: Callable[[int], torch.Tensor]
     ) -> list[SpanSteering]:
         """Of the step that has just run; copies, in stream order. `resid_post`: the hook's."""
-        tables, parts = self._tables, []
-        for span, request in self._running:
-            entry = request.entry
-            assert entry is not None
-            rows = slice(step.row_starts[span], step.row_starts[span + 1])
-            for layer in tables.layers:
-                slots = [s for s in request.steering.of_layer(layer) if s.feature is not None]
-                if slots:
-                    before = tables.activation(layer)[rows, : len(slots)]
-                    x = resid_post(layer)[rows]
-                    after = tables.activation_after(layer, entry, len(slots), x)
-                    both = torch.cat([before, after], dim=1)
-                    rules = request.steering.rules
-                    parts.append(SpanSteering(span, rows.start, layer, slots, rules, both))
+        parts = []
+        for layer in self._tables.layers:
+            x = resid_post(layer)
+            for run in self._runs(step, layer):
+                parts += self._found(step, layer, run, x)
         return parts
+
+    def _runs(self, step: StepView, layer: int) -> list[list[tuple[int, Steered]]]:
+        """Requests that are read in one go: one with several rows, or neighbours with a row each
+        and as many slots; a torch call for every request would cost more than its arithmetic."""
+        runs: list[list[tuple[int, Steered]]] = []
+        starts, before = step.row_starts, None
+        for span, request in self._running:
+            slots = len(request.reported.get(layer, ()))
+            if not slots:
+                continue
+            key = slots if starts[span + 1] - starts[span] == 1 else None
+            if key is None or before != (span - 1, key):
+                runs.append([])
+            runs[-1].append((span, request))
+            before = span, key
+        return runs
+
+    def _found(
+        self, step: StepView, layer: int, run: list[tuple[int, Steered]], x: torch.Tensor
+    ) -> list[SpanSteering]:
+        tables, starts, (span, first) = self._tables, step.row_starts, run[0]
+        rows = slice(starts[span], starts[run[-1][0] + 1])
+        count = len(first.reported[layer])
+        before = tables.activation(layer)[rows, :count]
+        if len(run) == 1:
+            assert first.entry is not None
+            after = tables.activation_after(layer, first.entry, count, x[rows])
+        else:
+            after = tables.activations_after(layer, rows, count, x[rows])
+        both = torch.cat([before, after], dim=1)
+        split = both.split(1) if len(run) > 1 else (both,)
+        return [
+            SpanSteering(span, starts[span], layer, one.reported[layer], one.steering.rules, rows)
+            for (span, one), rows in zip(run, split, strict=True)
+        ]
 
     def ran(self) -> None:
         self._tables.clear_rows()
