@@ -15,6 +15,22 @@ from neuroscope_vllm.cli.options import neuroscope_flags, settings_from
 from neuroscope_vllm.cli.ranking_quality import command as ranking
 
 
+class Share(click.ParamType[float]):
+    """all, none or a number from 0 to 1."""
+
+    name = "all|none|SHARE"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        share = {"all": 1.0, "none": 0.0}.get(value)
+        if share is None:
+            share = click.FLOAT.convert(value, param, ctx)
+        if not 0 <= share <= 1:
+            self.fail(f"{value} is not all, none or a number from 0 to 1.", param, ctx)
+        return share
+
+
 @click.group("bench")
 def command() -> None:
     """Measure what watching costs."""
@@ -28,6 +44,13 @@ def command() -> None:
 )
 @click.option("--tokens", default=128, show_default=True, help="Tokens generated per request.")
 @click.option("--rounds", default=7, show_default=True, help="Alternations per batch size.")
+@click.option(
+    "--steered",
+    type=Share(),
+    default="none",
+    show_default=True,
+    help="Share of the observed server's requests that steer, each by a feature of its own.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")
 @click.argument("vllm_flags", nargs=-1, type=click.UNPROCESSED)
 def overhead(
@@ -35,6 +58,7 @@ def overhead(
     batch: tuple[int, ...],
     tokens: int,
     rounds: int,
+    steered: float,
     as_json: bool,
     vllm_flags: tuple[str, ...],
     **flags: Any,
@@ -54,7 +78,7 @@ def overhead(
     settings = settings_from(flags)
     if not settings.configured:
         raise click.UsageError("no SAE was given; name one with --sae.")
-    report = compare(model, settings, batch, tokens, rounds, vllm_flags)
+    report = compare(model, settings, batch, tokens, rounds, vllm_flags, steered)
     if as_json:
         click.echo(json.dumps(report))
     else:

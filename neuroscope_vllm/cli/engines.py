@@ -112,17 +112,27 @@ def chosen(model: str, flags: dict[str, Any]) -> tuple[str, Settings]:
     Raises click.ClickException and NeuroscopeError, one sentence each.
     """
     if model == DEMO:
-        model = str(demo_model())
         flags["sae"] = flags["sae"] or (str(demo_sae()),)
-        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-    elif model.startswith((os.sep, ".", "~")):
-        if not Path(model).expanduser().is_dir():
-            raise click.ClickException(f"model {model} is no folder; give one, or a hub id.")
-        model = str(Path(model).expanduser())
+    model = located(model)
     settings = settings_from(flags)
     if not settings.configured:
         raise click.UsageError("name the SAE with --sae (and --layer, if it records none).")
     return model, settings
+
+
+def located(model: str) -> str:
+    """The model's folder or hub id.
+
+    Raises click.ClickException and NeuroscopeError, one sentence each.
+    """
+    if model == DEMO:
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+        return str(demo_model())
+    if model.startswith((os.sep, ".", "~")):
+        if not Path(model).expanduser().is_dir():
+            raise click.ClickException(f"model {model} is no folder; give one, or a hub id.")
+        return str(Path(model).expanduser())
+    return model
 
 
 def start_engine(

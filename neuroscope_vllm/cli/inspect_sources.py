@@ -16,6 +16,7 @@ import msgspec
 
 from neuroscope_vllm.cli.engines import chosen, start_engine
 from neuroscope_vllm.cli.storm import CONNECT_TIMEOUT_S, READ_TIMEOUT_S, VerifyError, refusal
+from neuroscope_vllm.cli.tokenized import prompt_ids, token_texts
 from neuroscope_vllm.cli.verify import ask_server
 from neuroscope_vllm.core.errors import ConfigError
 from neuroscope_vllm.core.events import TokenEvent
@@ -213,9 +214,8 @@ class Offline:
         self._backend = backend or _default_backend()
         self._model = model
         engine = self._engine = start_engine(path, settings, self._backend)
-        # None of a tokenizer that is not one of the tokenizers library: text is then shown by id.
-        self._fast = getattr(engine.tokenizer, "backend_tokenizer", None)
-        special = set(special_ids(self._fast)) or set(engine.tokenizer.all_special_ids)
+        fast = getattr(engine.tokenizer, "backend_tokenizer", None)
+        special = set(special_ids(fast)) or set(engine.tokenizer.all_special_ids)
         labels = label_files(settings, list(engine.sites))
         self._inspectors = {
             layer: Inspector(
@@ -236,7 +236,7 @@ class Offline:
         from neuroscope_vllm.core.passes import FeaturePass
 
         ids = self._ids(given)
-        texts = self._texts(ids)
+        texts = token_texts(self._engine.tokenizer, ids)
         tokens: list[Token] = []
         firings: Firings = {}
         features = []
@@ -268,34 +268,13 @@ class Offline:
         self._engine.close()
 
     def _ids(self, given: Given) -> list[int]:
-        """As vLLM tokenizes a completion, or a chat."""
-        tokenizer, text = self._engine.tokenizer, given.text
-        if self._chat:
-            messages = [{"role": "user", "content": text}]
-            try:
-                text = tokenizer.apply_chat_template(
-                    messages, tokenize=False, add_generation_prompt=True
-                )
-            # A template is a program; and a tokenizer without one raises ValueError.
-            except Exception as error:
-                reason = str(error).splitlines()[0].rstrip(".")
-                raise ConfigError(
-                    f"the chat template of {self._model} can not be used ({reason}); leave --chat"
-                    " out."
-                ) from error
-        ids = tokenizer.encode(text, add_special_tokens=not self._chat)
+        ids = prompt_ids(self._engine.tokenizer, given.text, self._chat, self._model)
         if len(ids) > self._engine.max_tokens:
             raise ConfigError(
                 f"{given.name} has {len(ids):,} tokens, but {self._model} takes"
                 f" {self._engine.max_tokens:,}; give less text at once."
             )
         return ids
-
-    def _texts(self, ids: list[int]) -> list[str]:
-        from neuroscope_vllm.server.detokenize import TextStream
-
-        stream = TextStream(self._fast, [], skip_special_tokens=False)
-        return [stream.step(token_id) for token_id in ids]
 
 
 def _default_backend() -> str:

@@ -21,6 +21,10 @@ COMMANDS = {
     "sae": "Look at SAEs: their shape and weights, and which a model has.",
     "calibrate": "Measure how often and how strongly each feature fires.",
     "collect": "Collect examples of every feature from a corpus.",
+    "steer": "Show what steering does to an answer, and at which strength.",
+    "rules": "Hold rules that steer, stop or tag against recorded traces.",
+    "trace": "Trace what features of one layer do to those of a later one.",
+    "patch": "Patch activations of one prompt into another: what recovers the answer?",
     "verify": "Check a running server against an offline recomputation.",
 }
 

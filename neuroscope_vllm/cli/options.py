@@ -17,6 +17,10 @@ from neuroscope_vllm.core.errors import NeuroscopeError
 _FLAGS = [
     click.option("--sae", multiple=True, help="SAE file, folder or hf:// address; one per layer."),
     click.option("--layer", multiple=True, type=int, help="Layer of each SAE, if it records none."),
+    click.option(
+        "--layers",
+        help="The same in one word, as in 5,12,20; with `--sae gemma-scope`, one of each.",
+    ),
     click.option("--calibration", multiple=True, help="Calibration file of each SAE."),
     click.option("--labels", multiple=True, help="Label files (JSONL)."),
     click.option(
@@ -49,7 +53,16 @@ def neuroscope_flags(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def settings_from(flags: dict[str, Any]) -> Settings:
     """Raises click.ClickException with the one sentence that says what is wrong."""
-    given = {name: list(v) if isinstance(v, tuple) else v for name, v in flags.items()}
+    given: dict[str, Any] = {
+        name: list(v) if isinstance(v, tuple) else v for name, v in flags.items()
+    }
+    if (layers := given.pop("layers", None)) is not None:
+        if given.get("layer"):
+            raise click.UsageError("--layer and --layers exclude each other.")
+        try:
+            given["layer"] = [int(layer) for layer in layers.split(",")]
+        except ValueError:
+            raise click.UsageError(f"--layers {layers} is no list as in 5,12,20.") from None
     try:
         return resolve({name: v for name, v in given.items() if v not in (None, [])})
     except NeuroscopeError as error:

@@ -6,7 +6,9 @@ import asyncio
 import contextlib
 import dataclasses
 import itertools
+import json
 import os
+import random
 import signal
 import socket
 import statistics
@@ -30,6 +32,29 @@ START_TIMEOUT_S = 600
 PROMPT = "Once upon a time, in a small town by the sea, there lived"
 
 
+STEERED_VALUE = 1.0
+"""Small beside a residual: the work of an edit is the same whatever its size."""
+
+
+class Steering:
+    """Edits for a share of the requests: each adds a little of some feature of a served SAE."""
+
+    def __init__(self, share: float, sites: list[dict[str, Any]]) -> None:
+        self._share, self._sites = share, sites
+        self._draw = random.Random(0)
+        self._sent = 0
+
+    def next(self) -> dict[str, Any]:
+        """What the next request bears; evenly spread over the requests."""
+        before, self._sent = self._sent, self._sent + 1
+        if int(self._sent * self._share) == int(before * self._share):
+            return {}
+        site = self._draw.choice(self._sites)
+        feature = self._draw.randrange(site["sae"]["width"])
+        edit = {"op": "add", "layer": site["layer"], "feature": feature, "value": STEERED_VALUE}
+        return {"vllm_xargs": {"neuroscope": json.dumps({"steer": [edit]})}}
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Load:
     """One round against one server."""
@@ -45,8 +70,9 @@ def compare(
     tokens: int,
     rounds: int,
     vllm_flags: tuple[str, ...],
+    steered: float = 0.0,
 ) -> dict[str, Any]:
-    """{"rows": [one per batch size], "worker": where the observing worker's time went}."""
+    """{"rows": [one per batch size], …}. `steered`: share of the observed requests that steer."""
     settings = msgspec.structs.replace(settings, features_port=_free_port())
     features = f"http://127.0.0.1:{settings.features_port}"
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
@@ -56,22 +82,26 @@ def compare(
         _server(vllm_command(model, watched_port, settings, vllm_flags), watched_port),
     ):
         httpx.get(f"{features}/ready").raise_for_status()
+        nothing = Steering(0.0, [])
+        steering = Steering(steered, _describe(features)["sites"])
         plain, watched = f"http://127.0.0.1:{plain_port}", f"http://127.0.0.1:{watched_port}"
+        of = {plain: nothing, watched: steering}
         with Progress(console=console) as progress:
             task = progress.add_task("measuring", total=len(batches) * rounds)
             rows = []
             for batch in batches:
                 for url in (plain, watched):
-                    asyncio.run(_load(url, batch, tokens))
+                    asyncio.run(_load(url, batch, tokens, of[url]))
                 before = _worker_counters(features)
                 pairs = []
                 for i in range(rounds):
                     order = (plain, watched) if i % 2 == 0 else (watched, plain)
-                    loads = {url: asyncio.run(_load(url, batch, tokens)) for url in order}
+                    loads = {url: asyncio.run(_load(url, batch, tokens, of[url])) for url in order}
                     pairs.append((loads[plain], loads[watched]))
                     progress.advance(task)
                 rows.append(_row(batch, pairs, before, _worker_counters(features)))
-    return {"rows": rows, "tokens": tokens, "rounds": rounds, "model": model}
+    about = {"tokens": tokens, "rounds": rounds, "model": model, "steered": steered}
+    return {"rows": rows, **about}
 
 
 def _row(
@@ -110,7 +140,11 @@ def table(report: dict[str, Any]) -> None:
         "encode_ms_per_step": "encode ms/step",
         "rows_dropped": "rows dropped",
     }
-    grid = Table(title="with the plugin over without it, medians of alternated rounds")
+    share = report["steered"]
+    grid = Table(
+        title="with the plugin over without it, medians of alternated rounds"
+        + (f"; {share:.0%} of requests steered" if share else "")
+    )
     for heading in columns.values():
         grid.add_column(heading, justify="right")
     for row in report["rows"]:
@@ -155,12 +189,13 @@ def _wait_healthy(child: subprocess.Popen[bytes], port: int, log: Path) -> None:
     raise click.ClickException(f"vLLM on port {port} did not start; its last lines:\n{tail}")
 
 
-async def _load(url: str, batch: int, tokens: int) -> Load:
+async def _load(url: str, batch: int, tokens: int, steering: Steering) -> Load:
     limits = httpx.Limits(max_connections=batch)
     async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as client:
         model = (await client.get("/v1/models")).json()["data"][0]["id"]
         began = time.perf_counter()
-        gaps = await asyncio.gather(*(_stream(client, model, tokens) for _ in range(batch)))
+        streams = (_stream(client, model, tokens, steering.next()) for _ in range(batch))
+        gaps = await asyncio.gather(*streams)
         wall = time.perf_counter() - began
     return Load(
         tokens_per_s=batch * tokens / wall,
@@ -168,7 +203,9 @@ async def _load(url: str, batch: int, tokens: int) -> Load:
     )
 
 
-async def _stream(client: httpx.AsyncClient, model: str, tokens: int) -> list[float]:
+async def _stream(
+    client: httpx.AsyncClient, model: str, tokens: int, steer: dict[str, Any]
+) -> list[float]:
     body = {
         "model": model,
         "prompt": PROMPT,
@@ -176,6 +213,7 @@ async def _stream(client: httpx.AsyncClient, model: str, tokens: int) -> list[fl
         "temperature": 0,
         "ignore_eos": True,
         "stream": True,
+        **steer,
     }
     times = []
     async with client.stream("POST", "/v1/completions", json=body) as response:
@@ -189,8 +227,12 @@ async def _stream(client: httpx.AsyncClient, model: str, tokens: int) -> list[fl
 def _worker_counters(features: str) -> dict[str, int]:
     # Counters travel in the hello once a second.
     time.sleep(2.5)
-    senders = httpx.get(f"{features}/v1/features/describe", timeout=10).json()["senders"]
+    senders = _describe(features)["senders"]
     return next(s["counters"] for s in senders if s["role"] == "worker")
+
+
+def _describe(features: str) -> dict[str, Any]:
+    return httpx.get(f"{features}/v1/features/describe", timeout=10).json()
 
 
 def _free_port() -> int:

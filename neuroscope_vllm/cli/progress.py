@@ -1,4 +1,4 @@
-"""The progress of a corpus run."""
+"""The progress of what takes long."""
 
 from __future__ import annotations
 
@@ -43,3 +43,15 @@ def progress(samples: int) -> Iterator[Callable[[Done], None]]:
             bar.update(task, completed=done.sequences, rate=rate)
 
         yield report
+
+
+@contextlib.contextmanager
+def counted(total: int, what: str) -> Iterator[Callable[[int], None]]:
+    """A bar with the time left; yields what to call with how many are done."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    from rich.progress import TimeRemainingColumn as TimeLeft
+
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeLeft())
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task("", total=total)
+        yield lambda done: bar.update(task, completed=done)

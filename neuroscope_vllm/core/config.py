@@ -18,6 +18,7 @@ import msgspec
 
 from neuroscope_vllm.core.artefacts import DATA_VARIABLE
 from neuroscope_vllm.core.errors import ConfigError
+from neuroscope_vllm.core.sae.canonical import SUITE
 
 ENV_PREFIX = "NEUROSCOPE_"
 CONFIG_FILE_VARIABLE = "NEUROSCOPE_CONFIG"
@@ -144,6 +145,8 @@ def resolve(
     for name in _LISTS & merged.keys():
         if not isinstance(merged[name], list | tuple):
             merged[name] = [merged[name]]
+    if merged.get("sae") == [SUITE]:  # it has one of each layer
+        merged["sae"] = [SUITE] * max(len(merged.get("layer", [])), 1)
     try:
         return msgspec.convert(merged, Settings, strict=False)
     except msgspec.ValidationError as error:

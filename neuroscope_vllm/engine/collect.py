@@ -72,7 +72,7 @@ def collect(
             or of another corpus, or a calibration or the checkpoint is of other weights.
         EngineError: The engine failed.
     """
-    calibrations = _calibrations(engine)
+    calibrations = known_calibrations(engine)
     checkpoint = CollectCheckpoint(folder, f"{describe(engine, corpus)}, {wanted}", restart)
     done = checkpoint.done
     found = Collected(done=done)
@@ -174,7 +174,7 @@ def next_pass(engine: Engine, wanted: Wanted, found: Collected) -> ExamplesPass:
     )
 
 
-def _calibrations(engine: Engine) -> dict[int, tuple[Path, Calibration]]:
+def known_calibrations(engine: Engine) -> dict[int, tuple[Path, Calibration]]:
     """Of those SAEs that have one."""
     found = {}
     for layer, info in engine.sites.items():

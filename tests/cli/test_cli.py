@@ -53,6 +53,14 @@ def test_flags_and_environment_end_in_the_printed_command() -> None:
     assert config_of(out)["neuroscope"] == {"sae": ["s"], "layer": [20], "top_k": 3}
 
 
+def test_layers_in_one_word() -> None:
+    words = ("serve", "m", "--sae", "gemma-scope", "--layers", "5,12", "--print-command")
+    _, out, _ = run(*words)
+    assert '{"sae": ["gemma-scope", "gemma-scope"], "layer": [5, 12]}' in out
+    code, _, error = run(*words[:4], "--layers", "5,b")
+    assert (code, "no list as in 5,12,20" in error) == (2, True)
+
+
 @pytest.mark.parametrize(
     "words",
     [

@@ -78,6 +78,12 @@ def test_what_is_wrong_is_said_in_one_sentence(
     assert "\n" not in str(raised.value)
 
 
+def test_a_suite_has_an_sae_of_each_layer() -> None:
+    several = resolve({"sae": "gemma-scope", "layer": [5, 12, 20]}, {})
+    assert several.sae == ["gemma-scope"] * 3
+    assert resolve({"sae": "gemma-scope"}, {}).sae == ["gemma-scope"]
+
+
 def test_stray_variables_of_our_prefix_do_not_make_us_interfere() -> None:
     """Kubernetes sets NEUROSCOPE_SERVICE_HOST for a service called neuroscope."""
     assert not asked_for({}, {"NEUROSCOPE_SERVICE_HOST": "10.0.0.1"})

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from neuroscope_vllm.core.errors import ConfigError
+from neuroscope_vllm.engine.hf.hooks import at_layer
 from neuroscope_vllm.engine.hf.oracle import decoder_layers, load_whole
-
-Replace = Callable[[Tensor], Tensor | None]
 
 
 class Ablator:
@@ -48,7 +45,7 @@ class Ablator:
     def residual(self, token_ids: Sequence[int]) -> Tensor:
         """resid_post of the layer, float32 [len(token_ids), d_model], from position 0."""
         found: list[Tensor] = []
-        with self._at_layer(lambda hidden: found.append(hidden[0].float())):
+        with at_layer(self._layer, lambda hidden: found.append(hidden[0].float())):
             self._model.get_decoder()(input_ids=torch.tensor([list(token_ids)]), use_cache=False)
         return found[0]
 
@@ -65,25 +62,8 @@ class Ablator:
         decoder = self._model.get_decoder()
         cache = decoder(input_ids=torch.tensor([before]), use_cache=True).past_key_values
         cache.batch_repeat_interleave(len(edits))
-        with self._at_layer(lambda hidden: hidden + edits[:, None]):
+        with at_layer(self._layer, lambda hidden: hidden + edits[:, None]):
             out = self._model(
                 input_ids=torch.full((len(edits), 1), last), past_key_values=cache, use_cache=True
             )
         return out.logits[:, -1].float()
-
-    @contextlib.contextmanager
-    def _at_layer(self, replace: Replace) -> Iterator[None]:
-        """`replace` sees what the layer returns; if it returns a tensor, that takes its place."""
-
-        def hook(module: nn.Module, args: Any, output: Any) -> Any:
-            hidden = output if isinstance(output, Tensor) else output[0]
-            new = replace(hidden)
-            if new is None:
-                return None
-            return new if isinstance(output, Tensor) else (new, *output[1:])
-
-        handle = self._layer.register_forward_hook(hook)
-        try:
-            yield
-        finally:
-            handle.remove()

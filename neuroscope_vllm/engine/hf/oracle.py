@@ -98,7 +98,7 @@ def load_whole(model: str) -> tuple[Any, Any]:
         import transformers
     except ImportError:
         raise ConfigError(
-            "recomputing features offline needs transformers, which is not installed;"
+            "running a model here needs transformers, which is not installed;"
             " pip install 'neuroscope-vllm[hf]'."
         ) from None
     try:

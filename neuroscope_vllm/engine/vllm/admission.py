@@ -11,9 +11,9 @@ from typing import Any
 from neuroscope_vllm.core.request import KEY, request_options
 from neuroscope_vllm.core.steering.catalogue import Catalogue
 from neuroscope_vllm.core.steering.settle import Refused, settle
-from neuroscope_vllm.engine.vllm.ids import CHOICES, STEERING
+from neuroscope_vllm.engine.vllm.ids import CHOICES, PATCHING, STEERING
 
-_OURS = (CHOICES, STEERING)
+_OURS = (CHOICES, STEERING, PATCHING)
 _catalogues: list[Catalogue] = []  # at most one: what this front process's engine steers with
 
 

@@ -5,6 +5,7 @@ The layers above the last observed one are not built: nothing of them reaches th
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -18,6 +19,7 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 import vllm
 from vllm import LLM, SamplingParams, TokensPrompt
+from vllm.config import ModelConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
@@ -60,7 +62,7 @@ class VLLMEngine:
         arguments.enable_prefix_caching = False  # a cached row would not run
         wanted_len = -1 if max_tokens is None else max_tokens + 1  # -1: as long as fits
         arguments.max_model_len = arguments.max_model_len or wanted_len
-        try:
+        with loading(model):
             config = arguments.create_model_config()
             settings = named(settings, config.model)
             self.sites = observed(settings)
@@ -71,22 +73,8 @@ class VLLMEngine:
             arguments.additional_config = {**(arguments.additional_config or {}), KEY: given}
             with front.passes_only():
                 self._llm = LLM.from_engine_args(arguments)
-        except NeuroscopeError:
-            raise
-        except SelfTestFailed as error:
-            raise EngineError(str(error)) from None
-        # vLLM's own checks raise ValueError, its workers anything.
-        except Exception as error:
-            raise EngineError(
-                f"vLLM could not load {model} ({_reason(error)}); see whether `vllm serve {model}`"
-                " starts with the same flags."
-            ) from error
         self.model = model
-        commit = getattr(config.hf_config, "_commit_hash", None)
-        self.identity = (
-            f"vllm {vllm.__version__}, {config.dtype}, {' '.join(vllm_flags)}, {commit or ''}"
-            f"{model_files(model)}"
-        )
+        self.identity = identity(model, config, vllm_flags)
         self.sae_input = settings.sae_input
         self.max_tokens: int = self._llm.model_config.max_model_len - 1  # one is generated
         self.tokenizer: Any = self._llm.get_tokenizer()
@@ -102,7 +90,7 @@ class VLLMEngine:
             raise
         except Exception as error:
             raise EngineError(
-                f"vLLM failed on {len(sequences)} sequences ({_reason(error)}); what was done"
+                f"vLLM failed on {len(sequences)} sequences ({reason(error)}); what was done"
                 " before stands, so the same command goes on from there."
             ) from error
         total = sum(map(len, sequences))
@@ -121,6 +109,32 @@ class VLLMEngine:
 
     def close(self) -> None:
         self._llm.llm_engine.engine_core.shutdown()
+
+
+@contextlib.contextmanager
+def loading(model: str) -> Iterator[None]:
+    """Whatever keeps vLLM from starting is a NeuroscopeError."""
+    try:
+        yield
+    except NeuroscopeError:
+        raise
+    except SelfTestFailed as error:
+        raise EngineError(str(error)) from None
+    # vLLM's own checks raise ValueError, its workers anything.
+    except Exception as error:
+        raise EngineError(
+            f"vLLM could not load {model} ({reason(error)}); see whether `vllm serve {model}`"
+            " starts with the same flags."
+        ) from error
+
+
+def identity(model: str, config: ModelConfig, vllm_flags: Sequence[str]) -> str:
+    """See `engine.protocol.Engine`."""
+    commit = getattr(config.hf_config, "_commit_hash", None)
+    return (
+        f"vllm {vllm.__version__}, {config.dtype}, {' '.join(vllm_flags)}, {commit or ''}"
+        f"{model_files(model)}"
+    )
 
 
 def parse_flags(model: str, vllm_flags: Sequence[str]) -> EngineArgs:
@@ -142,7 +156,8 @@ def _cut_off(arguments: EngineArgs, config: Any, num_layers: int) -> None:
     arguments.hf_overrides = {**given, **cut}
 
 
-def _reason(error: BaseException) -> str:
+def reason(error: BaseException) -> str:
+    """The first line that says why, without its full stop."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     if lines[0].startswith("1 validation error") and len(lines) > 1:  # pydantic's, then why
         lines = lines[1:]

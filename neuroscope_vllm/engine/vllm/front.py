@@ -47,12 +47,27 @@ def passes_only() -> Iterator[None]:
         _passes_only.reset(token)
 
 
+_patched = ContextVar("patched", default=False)
+
+
+@contextlib.contextmanager
+def patched() -> Iterator[None]:
+    """An engine that is built inside has no SAEs; residuals of all its layers are replaced."""
+    token = _patched.set(True)
+    try:
+        yield
+    finally:
+        _patched.reset(token)
+
+
 def create_engine_config(original: Any, engine_args: Any, *args: Any, **kwargs: Any) -> VllmConfig:
     """vLLM's own `create_engine_config`, then ours on top. Runs once per front process.
 
     API servers beside the first (`--api-server-count`) find the side process running and only
     pass its address on.
     """
+    if _patched.get():
+        return _create_patched(original(engine_args, *args, **kwargs))
     flags = given_flags(engine_args)
     if not asked_for(flags, os.environ):
         return original(engine_args, *args, **kwargs)
@@ -91,14 +106,33 @@ def create_engine_config(original: Any, engine_args: Any, *args: Any, **kwargs: 
         model=_served_name(vllm_config),
         settings=settings,
     )
+    _store(resolved, vllm_config)
+    for sentence in warnings(vllm_config):
+        logger.warning("neuroscope: %s", sentence)
+    return vllm_config
+
+
+def _create_patched(vllm_config: VllmConfig) -> VllmConfig:
+    check_served(vllm_config)
+    model = vllm_config.model_config
+    resolved = WorkerSettings(
+        sites=[],
+        endpoint=None,
+        model=_served_name(vllm_config),
+        settings=Settings(),
+        patched=list(range(model.get_total_num_hidden_layers())),
+    )
+    _store(resolved, vllm_config)
+    return vllm_config
+
+
+def _store(resolved: WorkerSettings, vllm_config: Any) -> None:
+    """Where every process of the engine finds it."""
     vllm_config.additional_config = {
         **vllm_config.additional_config,
         KEY: resolved.to_dict(),
     }
     plugin.wrap_engine()
-    for sentence in warnings(vllm_config):
-        logger.warning("neuroscope: %s", sentence)
-    return vllm_config
 
 
 def check_sites(sites: dict[int, SAEInfo], model: ModelConfig) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from neuroscope_vllm.engine.vllm.replace_op import Replacements
 from neuroscope_vllm.engine.vllm.settings import worker_settings
 from neuroscope_vllm.engine.vllm.steer_tables import SteerTables
 
@@ -32,7 +33,7 @@ torch.library.register_fake("neuroscope::observe", lambda hidden, residual, buff
 
 
 class ActivationHook(nn.Module):
-    """Called after every decoder layer; steers at the observed ones, then keeps resid_post.
+    """Called after every decoder layer; edits at the observed ones, then keeps resid_post.
 
     resid_post of a layer is `hidden + residual` as the layer returns them: vLLM adds the MLP
     branch lazily, in the next norm. Both live tensors go into the op, for a sum computed outside
@@ -46,6 +47,7 @@ class ActivationHook(nn.Module):
         d_model: int,
         dtype: torch.dtype,
         steering: SteerTables | None = None,
+        replacements: Replacements | None = None,
     ) -> None:
         super().__init__()
         for layer in layers:
@@ -54,6 +56,7 @@ class ActivationHook(nn.Module):
             )
         self.layers = layers
         self.steering = steering
+        self.replacements = replacements
 
     @classmethod
     def for_model(cls, vllm_config: VllmConfig, start_layer: int, end_layer: int) -> ActivationHook:
@@ -71,11 +74,16 @@ class ActivationHook(nn.Module):
                 d_model=d_model,
                 entries=vllm_config.scheduler_config.max_num_seqs,
             )
-        return cls(layers, num_rows, d_model, model.dtype, steering)
+        replacements = None
+        if settings is not None and settings.patched:
+            replacements = Replacements(layers, num_rows, d_model, model.dtype)
+        return cls(layers, num_rows, d_model, model.dtype, steering, replacements)
 
     def forward(self, layer: int, hidden: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         if self.steering is not None:
             self.steering.steer(layer, hidden, residual)
+        if self.replacements is not None:
+            self.replacements.replace(layer, hidden, residual)
         buffer = self._buffers.get(_name(layer))
         if buffer is not None:
             torch.ops.neuroscope.observe(hidden, residual, buffer)

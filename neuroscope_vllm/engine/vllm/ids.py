@@ -10,6 +10,8 @@ CHOICES = "neuroscope_n"
 can send no objects in `vllm_xargs`."""
 STEERING = "neuroscope_steering"
 """Where `admission` leaves what a request's steering comes to, as a dict."""
+PATCHING = "neuroscope_patching"
+"""Where `patch_engine` leaves what is read and replaced in a request, as a dict."""
 MAX_CHOICES = 1 << 16
 
 _CHILD = re.compile(r"^(\d+)_")

@@ -140,7 +140,8 @@ def _engine_core_init(original: Any, engine_core: Any, *args: Any, **kwargs: Any
 
     original(engine_core, *args, **kwargs)
     settings = worker_settings(engine_core.vllm_config)
-    if settings is not None and settings.steered and engine_core.request_block_hasher is not None:
+    edits = settings is not None and (settings.steered or settings.patched)
+    if edits and engine_core.request_block_hasher is not None:
         engine_core.request_block_hasher = prefix_salt.salting(
             engine_core.request_block_hasher, engine_core.scheduler.hash_block_size
         )

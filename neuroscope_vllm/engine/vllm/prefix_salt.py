@@ -1,4 +1,4 @@
-"""Steered requests share no prefix-cache blocks with others, from the first edited position on.
+"""Edited requests share no prefix-cache blocks with others, from the first edited position on.
 
 Blocks before it hold the same keys and values whoever computed them, so a request that is steered
 from its first generated token on reuses the prompt of one that is not.
@@ -12,6 +12,7 @@ from typing import Any
 
 from neuroscope_vllm.core.steering.settled import Steering, from_dict
 from neuroscope_vllm.engine.vllm.ids import STEERING
+from neuroscope_vllm.engine.vllm.patching import patching_of
 
 _SALTS = "neuroscope_salts"
 
@@ -55,9 +56,13 @@ def salting(hasher: Callable[[Any], list[Any]], block_size: int) -> Callable[[An
 def _salts(request: Any) -> tuple[tuple[int, bytes], ...]:
     found = getattr(request, _SALTS, None)
     if found is None:
+        patching = patching_of(request.sampling_params)
         steering = steering_of(request.sampling_params)
         first = steering.first_edited(request.num_prompt_tokens) if steering else None
-        found = () if not first or steering is None else ((first, steering.digest.encode()),)
+        if patching is not None:
+            found = patching["salts"]
+        else:
+            found = () if not first or steering is None else ((first, steering.digest.encode()),)
         setattr(request, _SALTS, found)
     return found
 

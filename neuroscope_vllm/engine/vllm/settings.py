@@ -37,10 +37,12 @@ class WorkerSettings(msgspec.Struct, frozen=True):
     """The hub's; None: nothing is streamed, rows are there for corpus passes."""
     model: str
     settings: Settings
+    patched: list[int] = []
+    """Layers of an engine whose residuals are read and replaced; such a one has no sites."""
 
     @property
     def layers(self) -> list[int]:
-        return [site.layer for site in self.sites]
+        return self.patched or [site.layer for site in self.sites]
 
     @property
     def steered(self) -> bool:
@@ -57,6 +59,8 @@ class WorkerSettings(msgspec.Struct, frozen=True):
     def graph_salt(self) -> str:
         """What the compiled graph depends on; a cache made with another salt is not ours."""
         saes = ",".join(f"{s.layer}:{s.source}@{s.info.revision}" for s in self.sites)
+        if self.patched:
+            return f"neuroscope-{GRAPH_VERSION}:patches:{self.patched}"
         steers = "steers" if self.steered else "observes"
         return f"neuroscope-{GRAPH_VERSION}:{steers}:{saes}"
 

@@ -31,6 +31,7 @@ from neuroscope_vllm.engine.vllm import self_test
 from neuroscope_vllm.engine.vllm.hook import ActivationHook, max_rows
 from neuroscope_vllm.engine.vllm.models import OBSERVED
 from neuroscope_vllm.engine.vllm.passes import BEGIN_RPC, END_RPC, PassRunner, Site
+from neuroscope_vllm.engine.vllm.patching import TAKE_RPC, Patcher
 from neuroscope_vllm.engine.vllm.pipeline import EncodePipeline, LayerEncoder
 from neuroscope_vllm.engine.vllm.refusals import warnings
 from neuroscope_vllm.engine.vllm.rule_stops import Stops
@@ -67,7 +68,13 @@ def arm(worker: Any, vllm_config: VllmConfig) -> None:
     def load_observed_model(*args: Any, **kwargs: Any) -> None:
         register_models()
         load_model(*args, **kwargs)
-        test, passes = observe(runner, vllm_config, settings)
+        if settings.patched:
+            patcher = Patcher(_hook(runner), reads=get_tensor_model_parallel_rank() == 0)
+            watch_steps(runner, patcher)
+            setattr(worker, TAKE_RPC, patcher.take)
+            test, passes = _nothing()
+        else:
+            test, passes = observe(runner, vllm_config, settings)
         setattr(worker, self_test.BEGIN_RPC, test.begin)
         setattr(worker, self_test.END_RPC, test.end)
         setattr(worker, BEGIN_RPC, passes.begin)
@@ -91,13 +98,7 @@ def observe(
     passes; both are of no layers on ranks that send nothing. The engine does one of two things with
     its rows: it streams them to a hub, or it keeps them for passes.
     """
-    model = runner.get_model()  # without the wrapper that CUDA graphs put around it
-    hook = next((m for m in model.modules() if isinstance(m, ActivationHook)), None)
-    if hook is None:
-        raise RuntimeError(
-            f"neuroscope: {type(model).__name__} was built without the activation hook;"
-            " another plugin may have registered the same architecture."
-        )
+    hook = _hook(runner)
     saes = {
         site.layer: _sae(site, settings) for site in settings.sites if site.layer in hook.layers
     }
@@ -106,7 +107,7 @@ def observe(
         operator = Operator.load(settings.settings.steering)
         directions = {name: one.read() for name, one in operator.directions.items()}
         steerer = Steerer(hook.steering, saes, directions)
-    test, passes = SelfTest([], on_step=lambda step: None), PassRunner([])
+    test, passes = _nothing()
     if get_tensor_model_parallel_rank() == 0 and saes:
         built = [
             _layer_encoder(site, saes[site.layer], hook, settings)
@@ -126,6 +127,22 @@ def observe(
     watch_steps(runner, _Watcher(steerer, test))
     logger.info("neuroscope: observing layers %s of %s", hook.layers, settings.model)
     return test, passes
+
+
+def _hook(runner: Any) -> ActivationHook:
+    model = runner.get_model()  # without the wrapper that CUDA graphs put around it
+    hook = next((m for m in model.modules() if isinstance(m, ActivationHook)), None)
+    if hook is None:
+        raise RuntimeError(
+            f"neuroscope: {type(model).__name__} was built without the activation hook;"
+            " another plugin may have registered the same architecture."
+        )
+    return hook
+
+
+def _nothing() -> tuple[SelfTest, PassRunner]:
+    """Of no layers."""
+    return SelfTest([], on_step=lambda step: None), PassRunner([])
 
 
 class _Watcher:
