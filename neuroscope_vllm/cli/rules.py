@@ -133,7 +133,7 @@ def _print(found: Sequence[DryRun]) -> None:
             Text(f"{one.request_id} {one.choice}" if one.choice else one.request_id),
             str(one.tokens),
             str(one.unknown),
-            Text(met or "never"),
+            Text(met or ("unknown" if one.unknown else "never")),
             f"{len(one.steered)} tokens" if one.steered else "",
             "" if one.stops_at is None else str(one.stops_at),
         )

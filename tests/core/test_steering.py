@@ -16,6 +16,9 @@ from safetensors.torch import save_file
 
 from neuroscope_vllm.core.errors import ConfigError
 from neuroscope_vllm.core.request import RequestOptions, request_options
+from neuroscope_vllm.core.sae.info import SAEInfo
+from neuroscope_vllm.core.sae.sae import SAE
+from neuroscope_vllm.core.steering.arithmetic import activations, change, feature_vector
 from neuroscope_vllm.core.steering.asked import Asked, Edit, Rule
 from neuroscope_vllm.core.steering.catalogue import Catalogue, Operator, Site
 from neuroscope_vllm.core.steering.settle import Refused, settle
@@ -91,6 +94,9 @@ def test_the_dose_is_the_change_over_the_usual_norm() -> None:
     assert "layer 20 by up to 1.2" in loud.warnings[0]
     assert one({"op": "scale", "value": 21}).doses == {20: 1.2}
     assert one({"op": "ablate"}).doses == {20: 0.0}
+    # From its maximum down, or from nothing up.
+    assert one({"op": "clamp", "feature": 30, "value": -10}).doses == {20: 0.8}
+    assert one({"op": "clamp", "feature": 30, "value": 50}).doses == {20: 1.0}
     assert one({"op": "scale", "value": 0.5}).doses == {20: 0.0}
     with pytest.raises(Refused, match=r"layer 20 by up to 4\.2 .* limit is 4"):
         one({"op": "add", "value": 210})
@@ -114,6 +120,7 @@ def test_the_dose_is_the_change_over_the_usual_norm() -> None:
         ({"op": "add", "value": 1, "layer": 7}, "layer: no SAE of layer 7 is served.*5, 20"),
         ({"op": "add", "value": 1, "layer": None}, "layer: say which of layer 5, 20"),
         ({"op": "ablate", "value": 1}, "value: ablate takes none"),
+        ({"op": "ablate", "unit": "max"}, "unit: ablate has no value"),
         ({"op": "scale", "value": 1, "unit": "max"}, "unit: scale is a ratio"),
         ({"op": "add", "value": 1, "unit": "max", "layer": 5}, "unit: SAE sae has no calibration"),
         ({"op": "add", "value": 1, "unit": "max", "feature": 0}, "unit: feature 0 never fired"),
@@ -149,7 +156,7 @@ def test_there_is_room_for_so_many() -> None:
         settle(Asked(steer=edits), CATALOGUE)
     rule = msgspec.convert({"when": {"layer": 20, "feature": 1, "above": 1}, "tag": "t"}, Rule)
     assert settle(Asked(rules=[rule] * MAX_RULES), CATALOGUE) is not None
-    with pytest.raises(Refused, match=rf"rules\[{MAX_RULES}\]: a request may have {MAX_RULES}"):
+    with pytest.raises(Refused, match=f"rules: a request may have {MAX_RULES}"):
         settle(Asked(rules=[rule] * (MAX_RULES + 1)), CATALOGUE)
 
 
@@ -277,3 +284,25 @@ def test_a_request_brings_it_in_json() -> None:
     assert request_options({"neuroscope": json.loads(text)}) == options
     with pytest.raises(ValueError, match=r"vllm_xargs\.neuroscope: .*steer\[0\]\.op"):
         request_options({"neuroscope": '{"steer": [{"op": "sub"}]}'})
+
+
+def test_what_is_ablated_is_gone_where_encoder_and_decoder_agree() -> None:
+    """w_enc · d = 1: re-encoded, the feature is at 0, or at what it was clamped to."""
+    draw = torch.Generator().manual_seed(3)
+    rows = torch.nn.functional.normalize(torch.randn(WIDTH, D_MODEL, generator=draw), dim=1)
+    info = SAEInfo(source="s", format="t", architecture="jumprelu", d_model=D_MODEL, width=WIDTH)
+    zeros = torch.zeros
+    sae = SAE(rows.t(), zeros(WIDTH), torch.full((WIDTH,), 0.1), rows, zeros(D_MODEL), info)
+    x = torch.randn(64, D_MODEL, generator=draw) * 4
+    vector = feature_vector(sae, 7)
+    reading, writing = vector.reading.expand_as(x), vector.writing.expand_as(x)
+    bias, threshold = torch.full((64,), vector.bias), torch.full((64,), vector.threshold)
+    f = activations(x, reading, bias, threshold, None)
+    assert torch.equal(f, sae.encode(x)[:, 7])
+    assert (f > 0).sum() > 10
+    for value in (0.0, 5.0):
+        edited = x + change(value - f, writing, zeros(64), x, None)
+        fired = f > 0
+        assert sae.encode(edited)[fired, 7] == pytest.approx(value, abs=1e-5)
+    present = x + change(f - f, writing, zeros(64), x, None)
+    assert torch.equal(present, x)

@@ -26,8 +26,7 @@ ROWS = max(CHUNKS) * (ENTRIES + 1)
 NORMS = (None, RMS, LAYER_NORM)
 ULP = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 BITS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
-OPS = ("add", "clamp", "scale", "ablate", "direction", "share", "read")
-SHARE = 0.25
+OPS = ("add", "clamp", "scale", "ablate", "direction", "read")
 
 
 class Slot(NamedTuple):
@@ -117,14 +116,13 @@ class Case:
         return made
 
     def write(self, made: SteerTables, entry: int, number: int, slot: Slot) -> None:
-        per_activation, constant, share = {
-            "add": (0.0, slot.value, 0.0),
-            "clamp": (-1.0, slot.value, 0.0),
-            "scale": (slot.value - 1, 0.0, 0.0),
-            "ablate": (-1.0, 0.0, 0.0),
-            "direction": (0.0, slot.value, 0.0),
-            "share": (0.0, slot.value, SHARE),
-            "read": (0.0, 0.0, 0.0),
+        per_activation, constant = {
+            "add": (0.0, slot.value),
+            "clamp": (-1.0, slot.value),
+            "scale": (slot.value - 1, 0.0),
+            "ablate": (-1.0, 0.0),
+            "direction": (0.0, slot.value),
+            "read": (0.0, 0.0),
         }[slot.op]
         made.write(
             entry,
@@ -133,7 +131,6 @@ class Case:
             self._vector(slot),
             per_activation=per_activation,
             constant=constant,
-            share=share,
             first=slot.first,
             end=slot.end,
             gate=slot.gate,
@@ -161,7 +158,6 @@ class Case:
             "scale": lambda: (v - 1) * f * d,
             "ablate": lambda: -f * d,
             "direction": lambda: v * self.direction.double(),
-            "share": lambda: v * d - SHARE * x,
             "read": lambda: 0 * d,
         }[slot.op]()
 
@@ -299,7 +295,7 @@ def just_at_a_threshold(op: Op, norm: str | None, dtype: torch.dtype) -> tuple[T
 def beside_broken_rows(op: Op, norm: str | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """(rows beside an ordinary one, rows beside infinities and NaN), all edited alike."""
     case = Case(0, norm, dtype)
-    case.entries[0] = [Slot("clamp", 1, 3.0), Slot("share", 2, 1.0), Slot("direction", 0, 2.0)]
+    case.entries[0] = [Slot("clamp", 1, 3.0), Slot("add", 2, 1.0), Slot("direction", 0, 2.0)]
     step = case.steps[0]
     after = []
     for broken in (None, torch.nan, torch.inf):

@@ -324,7 +324,7 @@ def steer(served: Served, name: str, body: Any) -> httpx.Response:
 
 
 def test_a_running_request_is_steered_otherwise(
-    served: Served, reference: SteeredReference
+    served: Served, reference: SteeredReference, direction: tuple[Path, torch.Tensor]
 ) -> None:
     edit = {"op": "add", "layer": 5, "feature": 9, "value": 9.0, "positions": "generated"}
     prompt = [7 * i % 300 + 5 for i in range(60)]
@@ -336,11 +336,19 @@ def test_a_running_request_is_steered_otherwise(
             time.sleep(0.05)
         assert answer.status_code == 200, answer.text
         refused = steer(served, "cmpl-turned", {"steer": [{**edit, "feature": 512}]})
+        # The operator's file is that of the start, here as for requests that come.
+        was = direction[0].read_text()
+        direction[0].write_text(was.replace("seven:", "eight: &v {file: vector.safetensors,"
+                                            " layer: 5}\n  seven:"))  # fmt: skip
+        later = {"op": "direction", "direction": "eight", "value": 0.1}
+        unknown = steer(served, "cmpl-turned", {"steer": [later]})
+        direction[0].write_text(was)
         stopped = steer(served, "cmpl-turned", None)
         _, found = generated(running.result(120))
     (changed,) = answer.json()["choices"]
     assert changed["steering"]["edits"][0]["value"] == 9.0
     assert (refused.status_code, "steer[0].feature" in refused.text) == (400, True)
+    assert (unknown.status_code, "steer[0].direction" in unknown.text) == (400, True)
     first, end = changed["position"], stopped.json()["choices"][0]["position"]
     assert stopped.json()["choices"][0]["steering"] is None
     assert len(prompt) < first < end < len(prompt) + 700

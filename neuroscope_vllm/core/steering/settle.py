@@ -110,6 +110,8 @@ class _Settling:
         if edit.op == "ablate":
             if edit.value is not None:
                 raise Refused(f"{where}.value: ablate takes none; use clamp to set a value.")
+            if edit.unit != "raw":
+                raise Refused(f"{where}.unit: ablate has no value; leave it out.")
             per_activation, largest = -1.0, 0.0  # it takes away no more than was there
         elif edit.op == "scale":
             if edit.unit != "raw":
@@ -122,6 +124,8 @@ class _Settling:
             constant = _in_unit(_value(edit.value, where), edit.unit, site, feature, where)
             per_activation = -1.0 if edit.op == "clamp" else 0.0
             largest = abs(constant)
+            if edit.op == "clamp" and strongest is not None:  # from 0, or from its maximum
+                largest = max(largest, abs(constant - strongest))
         slot = Slot(layer=layer, feature=feature, per_activation=per_activation, constant=constant)
         return slot, None if largest is None else largest * norm
 
@@ -133,9 +137,7 @@ class _Settling:
                 raise Refused(f"{where}.{field}: give 1 to {MAX_NAME} characters.")
         number = len(self._rules)
         if number == MAX_RULES:
-            raise Refused(
-                f"{where}: a request may have {MAX_RULES} rules, the operator's among them."
-            )
+            raise Refused(f"rules: a request may have {MAX_RULES}, the operator's among them.")
         self._slots.append(self._condition(rule.when, number, f"{where}.when"))
         name = rule.name or f"{self._slots[-1].layer}:{self._slots[-1].feature}"
         self._rules.append(
@@ -194,8 +196,8 @@ class _Settling:
         layer, count = Counter(slot.layer for slot in self._slots).most_common(1)[0]
         if count > MAX_SLOTS:
             raise Refused(
-                f"{count} edits and conditions on layer {layer}; a request may have {MAX_SLOTS} on"
-                " a layer, the operator's rules among them."
+                f"steer: {count} edits and conditions on layer {layer}; a request may have"
+                f" {MAX_SLOTS} on a layer, presets and the operator's rules among them."
             )
 
     def _warnings(self) -> list[str]:

@@ -29,6 +29,8 @@ def admit(params: Any) -> None:
     """
     given = params.extra_args or {}
     options = request_options(given)
+    if _catalogues and PATCHING in given:
+        raise ValueError(f"vllm_xargs.{PATCHING} is reserved; leave it out.")
     for name in _OURS:
         if not isinstance(given.get(name, {}), dict):
             raise ValueError(f"vllm_xargs.{name} is reserved; leave it out.")

@@ -15,7 +15,6 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
-import msgspec
 from vllm.config import ModelConfig, VllmConfig
 
 from neuroscope_vllm.core import launch
@@ -26,7 +25,7 @@ from neuroscope_vllm.core.keys import check_reachable, hub_endpoint
 from neuroscope_vllm.core.sae import check_fits, load_sae
 from neuroscope_vllm.core.sae.info import SAEInfo
 from neuroscope_vllm.core.sae.observed import calibration_of, check_calibration, named, observed
-from neuroscope_vllm.core.steering.catalogue import Site
+from neuroscope_vllm.core.steering.catalogue import Operator, Site
 from neuroscope_vllm.engine.vllm import admission, plugin, steer_catalogue
 from neuroscope_vllm.engine.vllm.refusals import check_served, warnings
 from neuroscope_vllm.engine.vllm.settings import KEY, SiteSettings, WorkerSettings, given_flags
@@ -88,13 +87,10 @@ def create_engine_config(original: Any, engine_args: Any, *args: Any, **kwargs: 
         vllm_config = original(engine_args, *args, **kwargs)
         check_served(vllm_config)
         settings = named(settings, vllm_config.model_config.model)
-        if settings.steering is not None:  # workers have another working directory
-            where = str(Path(settings.steering).resolve())
-            settings = msgspec.structs.replace(settings, steering=where)
         sites, steered = _sites(settings, vllm_config.model_config)
+        operator = Operator.load(settings.steering)
         if streams:
-            catalogue = steer_catalogue.build(steered, settings.steering, vllm_config)
-            admission.steer_with(catalogue)
+            admission.steer_with(steer_catalogue.build(steered, operator, vllm_config))
         endpoint = _endpoint(hub, settings, vllm_config, listener, sites) if streams else None
     except NeuroscopeError as error:
         if serving:
@@ -105,6 +101,7 @@ def create_engine_config(original: Any, engine_args: Any, *args: Any, **kwargs: 
         endpoint=endpoint,
         model=_served_name(vllm_config),
         settings=settings,
+        operator=operator,
     )
     _store(resolved, vllm_config)
     for sentence in warnings(vllm_config):

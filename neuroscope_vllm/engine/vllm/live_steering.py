@@ -11,13 +11,13 @@ import logging
 import queue
 import threading
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 from vllm.config import VllmConfig
 
 from neuroscope_vllm.core import wire
-from neuroscope_vllm.core.request import KEY
+from neuroscope_vllm.core.steering.asked import Asked
 from neuroscope_vllm.core.steering.catalogue import Catalogue
 from neuroscope_vllm.core.steering.settle import Refused, settle
 from neuroscope_vllm.core.steering.settled import Steering, from_dict
@@ -26,6 +26,7 @@ from neuroscope_vllm.engine.vllm.prefix_salt import salt_from
 
 logger = logging.getLogger(__name__)
 
+ENDED = "the request has ended, so nothing is left to steer."
 _CHANGES = "neuroscope_steering"
 
 
@@ -39,14 +40,20 @@ class LiveSteering:
     """The engine core's half."""
 
     def __init__(
-        self, vllm_config: VllmConfig, answer: Callable[[wire.SteeringChanged], object]
+        self,
+        vllm_config: VllmConfig,
+        answer: Callable[[wire.SteeringChanged], object],
+        runs: Callable[[str], bool],
     ) -> None:
-        """`answer` is called on several threads."""
+        """`answer`, and `runs` of an internal id, are called on several threads."""
         self._vllm_config = vllm_config
         self._answer = answer
+        self._runs = runs
         self._catalogue: Catalogue | None = None
         self._commands: queue.SimpleQueue[bytes] = queue.SimpleQueue()
-        self._ready: queue.SimpleQueue[_Change] = queue.SimpleQueue()
+        self._ready: dict[str, _Change] = {}  # by command, in order
+        self._lock = threading.Lock()
+        self._changed: dict[str, Any] = {}  # vLLM's Requests, by internal id
         self._thread: threading.Thread | None = None
 
     def command(self, data: bytes) -> None:
@@ -62,12 +69,13 @@ class LiveSteering:
         """Before a step is scheduled, on the engine's loop: the changes that its workers make, by
         internal id: (length of the prompt, settled steering or None)."""
         changes: dict[str, Any] = {}
-        while not self._ready.empty():
-            change = self._ready.get()
+        self._guard_preempted(scheduler)
+        for change in self._take(lambda change: True):
             request = scheduler.requests.get(change.internal_id)
             if request is None or request.is_finished():
-                self._refuse(change, 409, "the request has ended, so nothing is left to steer.")
+                self._refuse(change, 409, ENDED)
                 continue
+            self._changed[change.internal_id] = request
             # Drafts that are in flight may run again, in this step.
             position = max(request.num_computed_tokens - len(request.spec_token_ids), 0)
             salt = uuid.uuid4().hex
@@ -89,6 +97,30 @@ class LiveSteering:
             )
         return changes
 
+    def ended(self, internal_ids: Collection[str]) -> None:
+        """These requests have, and changes that are not made yet come too late."""
+        if self._ready:
+            for change in self._take(lambda change: change.internal_id in internal_ids):
+                self._refuse(change, 409, ENDED)
+
+    def _take(self, wanted: Callable[[_Change], bool]) -> list[_Change]:
+        with self._lock:
+            taken = [change for change in self._ready.values() if wanted(change)]
+            for change in taken:
+                del self._ready[change.command]
+        return taken
+
+    def _guard_preempted(self, scheduler: Any) -> None:
+        """One that was changed and is preempted runs its first tokens again under the steering of
+        now, so its blocks are nobody else's from the first on."""
+        for internal_id, request in list(self._changed.items()):
+            if request.is_finished():
+                del self._changed[internal_id]
+            elif request.num_computed_tokens == 0:
+                del self._changed[internal_id]
+                salt_from(request, 0, uuid.uuid4().hex)
+                _hash_again(request, 0, scheduler.hash_block_size)
+
     def _settle_all(self) -> None:
         while True:
             data = self._commands.get()
@@ -99,15 +131,23 @@ class LiveSteering:
 
     def _settle(self, command: wire.Steer) -> None:
         change = _Change(command.command, command.internal_id, None)
-        if command.asked is not None:
-            try:
-                if self._catalogue is None:
-                    self._catalogue = steer_catalogue.build_again(self._vllm_config)
-                change = change._replace(steering=settle(command.asked, self._catalogue))
-            except Refused as refusal:
-                self._refuse(change, 400, f"{KEY}.{refusal}")
-                return
-        self._ready.put(change)
+        try:
+            if self._catalogue is None:
+                self._catalogue = steer_catalogue.build_again(self._vllm_config)
+            # Without edits the operator's rules are still everybody's.
+            steering = settle(command.asked or Asked(), self._catalogue)
+            if steering is not None and any(s.positions == "prompt" for s in steering.slots):
+                raise Refused(
+                    "positions: the prompt of a running request has run; use generated or all."
+                )
+        except Refused as refusal:
+            self._refuse(change, 400, str(refusal))
+            return
+        with self._lock:
+            self._ready[change.command] = change._replace(steering=steering)
+        # If it ended meanwhile, no step comes that would find the change.
+        if not self._runs(change.internal_id):
+            self.ended([change.internal_id])
 
     def _refuse(self, change: _Change, status: int, error: str) -> None:
         self._answer(

@@ -32,8 +32,7 @@ def salt_whole(request: Any) -> None:
 
 def salt_from(request: Any, position: int, salt: str) -> None:
     """Blocks of a running Request that end past `position` and are yet to be hashed get a salt."""
-    salts = getattr(request, _SALTS, ())
-    setattr(request, _SALTS, (*salts, (position, salt.encode())))
+    setattr(request, _SALTS, (*_salts(request), (position, salt.encode())))
 
 
 def salting(hasher: Callable[[Any], list[Any]], block_size: int) -> Callable[[Any], list[Any]]:

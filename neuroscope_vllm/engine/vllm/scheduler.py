@@ -83,7 +83,9 @@ class SchedulerTap:
             self._resync,
             command=lambda data: self._live_steering.command(data),
         )
-        self._live_steering = LiveSteering(vllm_config, self._steering_changed)
+        self._live_steering = LiveSteering(
+            vllm_config, self._steering_changed, lambda internal_id: internal_id in self._live
+        )
         self._sender.start()
         atexit.register(self._sender.close)
         self._wrap(scheduler)
@@ -128,9 +130,9 @@ class SchedulerTap:
         finish_requests = scheduler.finish_requests
 
         def schedule_and_report(*args: Any, **kwargs: Any) -> Any:
-            changes = self._live_steering.apply(scheduler)
+            changes = self._changes(scheduler)
             output = schedule(*args, **kwargs)
-            live_steering.carry(output, changes)
+            live_steering.carry(output, changes or {})
             self._scheduled(output.scheduled_new_reqs)
             return output
 
@@ -155,6 +157,10 @@ class SchedulerTap:
         scheduler.schedule = schedule_and_report
         scheduler.update_from_output = update_and_report
         scheduler.finish_requests = finish_and_report
+
+    @_guarded
+    def _changes(self, scheduler: Any) -> dict[str, Any]:
+        return self._live_steering.apply(scheduler)
 
     def _steering_changed(self, changed: wire.SteeringChanged) -> None:
         with self._lock:
@@ -235,6 +241,7 @@ class SchedulerTap:
                     live.computed_tokens = one.computed_tokens
                     self._keep_ended(live)
             self._sender.put(wire.TokensSampled(sampled))
+        self._live_steering.ended([one.internal_id for one in sampled if one.finish_reason])
 
     def _keep_ended(self, live: wire.Live) -> None:
         now = time.monotonic()

@@ -11,6 +11,7 @@ import msgspec
 
 from neuroscope_vllm.core.config import Settings
 from neuroscope_vllm.core.sae.info import RMS, SAEInfo
+from neuroscope_vllm.core.steering.catalogue import Operator
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -37,6 +38,8 @@ class WorkerSettings(msgspec.Struct, frozen=True):
     """The hub's; None: nothing is streamed, rows are there for corpus passes."""
     model: str
     settings: Settings
+    operator: Operator = Operator()
+    """Of steering, as the front process read it."""
     patched: list[int] = []
     """Layers of an engine whose residuals are read and replaced; such a one has no sites."""
 

@@ -13,9 +13,8 @@ from neuroscope_vllm.core.steering.settle import Refused, settle
 from neuroscope_vllm.engine.vllm.settings import worker_settings
 
 
-def build(sites: dict[int, Site], file: str | None, vllm_config: VllmConfig) -> Catalogue:
-    """`file`: the operator's. Raises ConfigError if it can not be used with this model."""
-    operator = Operator.load(file)
+def build(sites: dict[int, Site], operator: Operator, vllm_config: VllmConfig) -> Catalogue:
+    """Raises ConfigError if the operator's file can not be used with this model."""
     catalogue = Catalogue.build(
         sites,
         operator,
@@ -28,7 +27,7 @@ def build(sites: dict[int, Site], file: str | None, vllm_config: VllmConfig) -> 
         for name in operator.presets:
             settle(Asked(preset=name), catalogue)
     except Refused as refusal:
-        raise ConfigError(f"steering file {file}: {refusal}") from None
+        raise ConfigError(f"the operator's steering file: {refusal}") from None
     return catalogue
 
 
@@ -43,4 +42,4 @@ def build_again(vllm_config: VllmConfig) -> Catalogue:
         )
         for site in settings.sites
     }
-    return build(sites, settings.settings.steering, vllm_config)
+    return build(sites, settings.operator, vllm_config)

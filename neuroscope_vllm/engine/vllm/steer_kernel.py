@@ -16,11 +16,11 @@ from neuroscope_vllm.core.sae.info import LAYER_NORM, RMS
 from neuroscope_vllm.core.sae.sae import LAYER_NORM_EPS
 from neuroscope_vllm.engine.vllm import steer_op
 
-_ROW, _SLOT, _NUMBER = tl.constexpr(2), tl.constexpr(5), tl.constexpr(7)  # columns
+_ROW, _SLOT, _NUMBER = tl.constexpr(2), tl.constexpr(5), tl.constexpr(6)  # columns
 _POSITION = tl.constexpr(steer_op.POSITION)
 _FIRST, _END = tl.constexpr(steer_op.FIRST), tl.constexpr(steer_op.END)
 _GATE, _MEETS = tl.constexpr(steer_op.GATE), tl.constexpr(steer_op.MEETS)
-_CONSTANT, _SHARE = tl.constexpr(steer_op.CONSTANT), tl.constexpr(steer_op.SHARE)
+_CONSTANT = tl.constexpr(steer_op.CONSTANT)
 _BIAS, _THRESHOLD = tl.constexpr(steer_op.BIAS), tl.constexpr(steer_op.THRESHOLD)
 _NORMED, _ABOVE = tl.constexpr(steer_op.NORMED), tl.constexpr(steer_op.ABOVE)
 _EPS = tl.constexpr(LAYER_NORM_EPS)
@@ -136,13 +136,10 @@ def _edit(
             f = tl.where(pre > tl.load(number + _THRESHOLD), pre, 0.0)
             tl.store(activation + row * num_slots + slot, f)
             amount = tl.load(number) * f + tl.load(number + _CONSTANT)
-            share = tl.load(number + _SHARE)
             if amount != 0:
                 if IS_RMS or IS_LAYER_NORM:
                     amount *= tl.where(tl.load(number + _NORMED) > 0, scale, 1.0)
                 total += amount * tl.load(writing + vector, mask=inside, other=0.0)
-            if share != 0:
-                total -= share * x
     tl.store(place, tl.where(total == 0, before, before + total), mask=inside)
 
 

@@ -20,7 +20,7 @@ from neuroscope_vllm.core.steering.arithmetic import activations, change
 # Columns of the tables.
 ENTRY, POSITION = 0, 1
 USED, FIRST, END, GATE, MEETS = range(5)
-PER_ACTIVATION, CONSTANT, SHARE, BIAS, THRESHOLD, NORMED, ABOVE = range(7)
+PER_ACTIVATION, CONSTANT, BIAS, THRESHOLD, NORMED, ABOVE = range(6)
 NEVER = -(1 << 30)
 
 _ROWS_AT_ONCE = 128
@@ -49,7 +49,7 @@ def steer(
 ) -> None:
     """x = hidden + residual of each row becomes
 
-        x + sum over its slots of (per_activation f + constant) d - share x
+        x + sum over its slots of (per_activation f + constant) d
 
     in place in `hidden`, all from the same x; f goes to `activation`, and to `met` what it meets.
     No row of a call sees what the call itself meets.
@@ -61,7 +61,7 @@ def steer(
         met: int32 [entries, rules], latest position that met the rule; NEVER.
         slots: int32 [entries, slots, 5], USED to MEETS: positions [FIRST, END), numbers of rules;
             of GATE and MEETS a slot has one at most.
-        numbers: float32 [entries, slots, 7], PER_ACTIVATION to ABOVE.
+        numbers: float32 [entries, slots, 6], PER_ACTIVATION to ABOVE.
         reading, writing: float32 [entries, slots, d_model].
         activation: float32 [max_rows, slots]; written where a slot of the row was live.
         input_norm: As in `SAEInfo`.
@@ -84,7 +84,7 @@ def steer(
 
         pair = torch.from_numpy(entry * slots.shape[1] + slot)
         number = numbers.flatten(0, 1).index_select(0, pair)
-        per_activation, constant, share, bias, threshold, normed, above = number.unbind(1)
+        per_activation, constant, bias, threshold, normed, above = number.unbind(1)
         alone = len(at) == len(row)
         each = x if alone else x.index_select(0, torch.from_numpy(at))
         read = reading.flatten(0, 1).index_select(0, pair)
@@ -95,13 +95,11 @@ def steer(
         now = (meets >= 0) & (f.numpy() > above.numpy())
         np.maximum.at(met.numpy(), (entry[now], meets[now]), position[now])
 
-        amount, shares = per_activation * f + constant, share.numpy().any()
-        if not (shares or amount.numpy().any()):
+        amount = per_activation * f + constant
+        if not amount.numpy().any():
             continue  # conditions only
         write = writing.flatten(0, 1).index_select(0, pair)
         delta = change(amount, write, normed, each, input_norm)
-        if shares:
-            delta -= torch.where(share.unsqueeze(1) != 0, share.unsqueeze(1) * each, 0.0)
         total = delta if alone else _sums(delta, at)
         after = torch.where(total == 0, before, before + total)  # -0 keeps its sign
         hidden.index_copy_(0, place, after.to(hidden.dtype))

@@ -43,7 +43,7 @@ class SteerTables(nn.Module):
         self._add("met", (entries, MAX_RULES), torch.int32, NEVER)
         for layer in self.layers:
             self._add(f"slots_{layer}", (entries, num_slots, 5), torch.int32)
-            self._add(f"numbers_{layer}", (entries, num_slots, 7), torch.float32)
+            self._add(f"numbers_{layer}", (entries, num_slots, 6), torch.float32)
             self._add(f"reading_{layer}", (entries, num_slots, d_model), torch.float32)
             self._add(f"writing_{layer}", (entries, num_slots, d_model), torch.float32)
             self._add(f"activation_{layer}", (num_rows, num_slots), torch.float32)
@@ -108,7 +108,6 @@ class SteerTables(nn.Module):
         *,
         per_activation: float = 0.0,
         constant: float = 0.0,
-        share: float = 0.0,
         first: int = 0,
         end: int = FOREVER,
         gate: int = -1,
@@ -116,7 +115,7 @@ class SteerTables(nn.Module):
         above: float = 0.0,
     ) -> None:
         """Fill a slot; see `steer_op`."""
-        numbers = [per_activation, constant, share, vector.bias, vector.threshold, vector.normed]
+        numbers = [per_activation, constant, vector.bias, vector.threshold, vector.normed]
         self._put(f"numbers_{layer}", entry, slot, torch.tensor([*numbers, above]))
         self._put(f"reading_{layer}", entry, slot, vector.reading)
         self._put(f"writing_{layer}", entry, slot, vector.writing)
@@ -145,6 +144,6 @@ class SteerTables(nn.Module):
 
 
 def _gated(pre: Tensor, numbers: Tensor) -> Tensor:
-    """f of pre-activations [n, slots] without their bias; numbers: [n or none, slots, 7]."""
+    """f of pre-activations [n, slots] without their bias; numbers: [n or none, slots, 6]."""
     pre = pre + numbers[..., steer_op.BIAS]
     return torch.where(pre > numbers[..., steer_op.THRESHOLD], pre, 0.0)

@@ -151,11 +151,10 @@ class Steerer:
     def _take_entry(self, request: Steered, running: set[int]) -> int:
         """A free one, or that of a request that is preempted: a step has no more requests than
         there are entries."""
-        entry = next(
-            i
-            for i, holder in enumerate(self._holders)
-            if holder is None or id(holder) not in running
-        )
+        free = (i for i, holder in enumerate(self._holders) if holder is None)
+        absent = (i for i, holder in enumerate(self._holders) if id(holder) not in running)
+        entry = next(free, None)
+        entry = next(absent) if entry is None else entry
         before = self._holders[entry]
         if before is not None:
             before.entry = None

@@ -26,7 +26,6 @@ from neuroscope_vllm.core.sae import load_sae
 from neuroscope_vllm.core.sae.encoder import TopKEncoder
 from neuroscope_vllm.core.sae.sae import SAE
 from neuroscope_vllm.core.sender import Sender
-from neuroscope_vllm.core.steering.catalogue import Operator
 from neuroscope_vllm.engine.vllm import self_test
 from neuroscope_vllm.engine.vllm.hook import ActivationHook, max_rows
 from neuroscope_vllm.engine.vllm.models import OBSERVED
@@ -104,8 +103,7 @@ def observe(
     }
     steerer = None
     if hook.steering is not None:
-        operator = Operator.load(settings.settings.steering)
-        directions = {name: one.read() for name, one in operator.directions.items()}
+        directions = {name: one.read() for name, one in settings.operator.directions.items()}
         steerer = Steerer(hook.steering, saes, directions)
     test, passes = _nothing()
     if get_tensor_model_parallel_rank() == 0 and saes:

@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 from fastapi import APIRouter, Request
 
+from neuroscope_vllm.core import wire
 from neuroscope_vllm.core.steering.asked import Asked
 from neuroscope_vllm.server.errors import ApiError
 from neuroscope_vllm.server.hub import Hub
@@ -43,7 +44,8 @@ async def change(request: Request, request_id: str) -> dict[str, Any]:
 
 @router.delete("/{request_id:path}/steering")
 async def stop(request: Request, request_id: str) -> dict[str, Any]:
-    """Steer a request no more; what it was steered to write stays in its context."""
+    """Steer a request no more, but for the operator's rules; what it was steered to write stays in
+    its context."""
     return await _steer(request, request_id, None)
 
 
@@ -58,25 +60,33 @@ async def _steer(request: Request, request_id: str, asked: Asked | None) -> dict
             " runs can be steered. GET /v1/requests lists what is kept.",
             "request_id",
         )
-    try:
-        changed = await asyncio.gather(*(hub.commands.steer(*one, asked) for one in running))
-    except ConnectionError:
-        raise ApiError(503, "the engine can not be reached; try again in a second.") from None
-    except TimeoutError:
-        raise ApiError(
-            504, "the engine did not answer; the change may still come: watch the stream."
-        ) from None
-    for one in changed:
-        if one.error is not None:
-            raise ApiError(one.status, one.error)
+    answers = await asyncio.gather(*(_steer_one(hub, *one, asked) for one in running))
+    if all(isinstance(one, ApiError) for one in answers):
+        raise answers[0]  # pyright: ignore[reportGeneralTypeIssues]
     return {
         "request_id": request_id,
         "choices": [
-            {
-                "internal_id": one.internal_id,
+            {"internal_id": internal_id, "error": one.body.message}
+            if isinstance(one, ApiError)
+            else {
+                "internal_id": internal_id,
                 "position": one.position,
                 "steering": one.steering,
             }
-            for one in changed
+            for (internal_id, _), one in zip(running, answers, strict=True)
         ],
     }
+
+
+async def _steer_one(
+    hub: Hub, internal_id: str, engine: str, asked: Asked | None
+) -> wire.SteeringChanged | ApiError:
+    try:
+        changed = await hub.commands.steer(internal_id, engine, asked)
+    except ConnectionError:
+        return ApiError(503, "the engine can not be reached; try again in a second.")
+    except TimeoutError:
+        return ApiError(
+            504, "the engine did not answer; the change may still come: watch the stream."
+        )
+    return changed if changed.error is None else ApiError(changed.status, changed.error)
