@@ -193,6 +193,24 @@ def test_the_page_marks_unreliable_labels(side: Side, engine: FakeEngine, tmp_pa
         ]
 
 
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+def test_the_page_follows_a_token_through_the_layers(new_side: Callable[..., Side], tmp_path: Path):
+    side = new_side()
+    layers = "[...document.querySelectorAll('#features h3')].map(e => e.textContent)"
+    with (
+        FakeEngine(side.endpoint, layers=(5, 20), top_k=3) as engine,
+        opened(f"{side.base}/", tmp_path / "profile") as page,
+    ):
+        side.wait_armed()
+        engine.run("deep", [11, 12], [1, 2, 3])
+        side.wait_done("deep")
+        wait_until(lambda: page.run("document.querySelectorAll('.t').length") == 5)
+        page.run("document.querySelectorAll('.t')[2].click()")
+        assert [one.split(" · ")[0] for one in page.run(layers)] == ["layer 5", "layer 20"]
+        assert page.run("document.querySelectorAll('#features ol').length") == 2
+        assert page.run("document.querySelectorAll('#features li').length") == 6
+
+
 def test_docs_and_version(side: Side):
     assert side.get("/docs").status_code == 200
     paths = side.get("/openapi.json").json()["paths"]
