@@ -74,7 +74,7 @@ def _catalogue(file: str, flags: dict[str, Any]) -> Catalogue:
     for number, (layer, info) in enumerate(observed(settings).items()):
         calibrated = calibration_of(settings, number, info)
         sae = load_sae(settings.sae[number])
-        sites[layer] = Site.of(sae, calibrated[1] if calibrated else None)
+        sites[layer] = Site.of(sae, calibrated[1] if calibrated else None, settings.sae_input)
         d_model = sae.d_model
     return Catalogue.build(sites, Operator.load(file), d_model=d_model)
 

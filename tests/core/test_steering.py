@@ -14,9 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from neuroscope_vllm.core.calibration import Calibration
 from neuroscope_vllm.core.errors import ConfigError
 from neuroscope_vllm.core.request import RequestOptions, request_options
-from neuroscope_vllm.core.sae.info import SAEInfo
+from neuroscope_vllm.core.sae.info import LAYER_NORM, RMS, SAEInfo
 from neuroscope_vllm.core.sae.sae import SAE
 from neuroscope_vllm.core.steering.arithmetic import activations, change, feature_vector
 from neuroscope_vllm.core.steering.asked import Asked, Edit, Rule
@@ -140,7 +141,7 @@ def test_refusals_name_the_field(edit: dict[str, Any], why: str) -> None:
 def test_a_top_k_sae_gates_nothing() -> None:
     """One feature's activation depends on all the others there."""
     catalogue = Catalogue({20: site(gates=False)})
-    assert one({"op": "add", "value": 1}, catalogue).edits
+    assert one({"op": "add", "value": 1}, catalogue).slots[0].writes
     for edit in ({"op": "clamp", "value": 1}, {"op": "ablate"}, {"op": "scale", "value": 2}):
         with pytest.raises(Refused, match=r"steer\[0\]\.op: SAE sae keeps the k largest"):
             one(edit, catalogue)
@@ -149,7 +150,36 @@ def test_a_top_k_sae_gates_nothing() -> None:
         settle(Asked(rules=[rule]), catalogue)
 
 
+@pytest.mark.parametrize("input_norm", [None, RMS, LAYER_NORM])
+@pytest.mark.parametrize("sae_input", ["raw", "rms"])
+def test_doses_are_of_the_change_that_is_made(input_norm: str | None, sae_input: str) -> None:
+    """Also where activations are in the units of each row's own norm."""
+    draw = torch.Generator().manual_seed(4)
+    w_enc, w_dec = torch.randn(16, 8, generator=draw), torch.randn(8, 16, generator=draw)
+    info = SAEInfo(
+        source="s", format="t", architecture="jumprelu", d_model=16, width=8, input_norm=input_norm
+    )
+    sae = SAE(w_enc, torch.zeros(8), torch.zeros(8), w_dec, torch.zeros(16), info)
+    x = torch.randn(4001, 16, generator=draw)
+    calibration = Calibration.empty(8)
+    calibration.tokens = 1
+    calibration.update_norms(x.norm(dim=1))
+    catalogue = Catalogue({20: Site.of(sae, calibration, sae_input)}, Operator(max_dose=1e9))
+    found = settle(Asked(steer=[Edit(op="add", feature=5, value=3.0)]), catalogue)
+    assert found is not None
+    used = sae.reading_rms() if sae_input == "rms" else sae
+    vector = feature_vector(used, 5)
+    ones = torch.ones(len(x))
+    made = change(
+        3 * ones, vector.writing.expand_as(x), vector.normed * ones, x, used.info.input_norm
+    )
+    usual = made.norm(dim=1).median() / x.norm(dim=1).median()
+    assert found.doses[20] == pytest.approx(float(usual), rel=0.05)
+
+
 def test_there_is_room_for_so_many() -> None:
+    with pytest.raises(Refused, match="preset: 1000000 are more than 16"):
+        settle(Asked(preset=["calm"] * 1_000_000), CATALOGUE)
     edits = [Edit(op="ablate", layer=20, feature=f) for f in range(MAX_SLOTS + 1)]
     assert settle(Asked(steer=edits[1:]), CATALOGUE) is not None
     with pytest.raises(Refused, match=f"{MAX_SLOTS + 1} edits and conditions on layer 20"):
@@ -163,6 +193,8 @@ def test_there_is_room_for_so_many() -> None:
 def test_what_the_prefix_cache_may_share() -> None:
     add = {"op": "add", "value": 4}
     assert one(add).first_edited(50) == 0
+    assert not one(add).splits
+    assert one({**add, "positions": "prompt"}).splits
     assert one({**add, "positions": "prompt"}).first_edited(50) == 0
     assert one({**add, "positions": "generated"}).first_edited(50) == 50
     tag = {"when": {"layer": 20, "feature": 1, "above": 1}, "tag": "t"}
@@ -244,7 +276,7 @@ def test_an_operators_file(vectors: Path) -> None:
     # The operator's rules are everybody's, also of who asks for nothing.
     everybody = settle(Asked(), catalogue)
     assert everybody is not None
-    assert not everybody.edits
+    assert not any(slot.writes for slot in everybody.slots)
     with pytest.raises(Refused, match=r"preset: no preset is named clam; did you mean calm\?"):
         settle(Asked(preset="clam"), catalogue)
 

@@ -22,7 +22,7 @@ from neuroscope_vllm.core.steering.catalogue import Catalogue, Operator, Site
 from neuroscope_vllm.core.steering.settle import settle
 from neuroscope_vllm.engine.vllm.ids import STEERING
 from neuroscope_vllm.engine.vllm.live_steering import LiveSteering, carried, carry
-from neuroscope_vllm.engine.vllm.prefix_salt import salting
+from neuroscope_vllm.engine.vllm.prefix_salt import salt_whole, salting
 
 BLOCK = 16
 PROMPT = list(range(5 * BLOCK))
@@ -39,7 +39,9 @@ def request(name: str, asked: Asked | None = None, prompt: list[int] = PROMPT) -
     if steering is not None:
         params.extra_args = {STEERING: steering.to_dict()}
     hasher = salting(get_request_block_hasher(BLOCK, sha256), BLOCK)
-    return Request(name, prompt, params, None, block_hasher=hasher)
+    coming = SimpleNamespace(sampling_params=params, cache_salt=None)
+    salt_whole(coming)
+    return Request(name, prompt, params, None, block_hasher=hasher, cache_salt=coming.cache_salt)
 
 
 class Core:
@@ -110,6 +112,30 @@ def test_one_that_is_preempted_after_a_change_shares_nothing() -> None:
         again = list(mine.block_hashes)
         core.live.apply(core)
         assert mine.block_hashes == again
+
+
+@pytest.mark.parametrize("positions", ["all", "prompt", "generated"])
+def test_an_answer_is_no_prompt_of_the_next(positions: str) -> None:
+    """What an answer ran under is what it would run under as part of a prompt only where all
+    positions are steered alike."""
+    edit = {"op": "add", "feature": 1, "value": 2, "positions": positions}
+    asked = msgspec.convert({"steer": [edit]}, Asked)
+    prompt, answer = PROMPT[: 2 * BLOCK], list(range(500, 500 + 3 * BLOCK))
+    first = request("first", asked, prompt)
+    for token in answer:
+        first.append_output_token_ids(token)
+    follow = request("follow", asked, [*prompt, *answer])
+    plain = request("plain", None, [*prompt, *answer])
+    shared = set(first.block_hashes) & set(follow.block_hashes)
+    assert len(shared) == {"all": 5, "prompt": 2, "generated": 2}[positions]
+    # Up to the first edited position everybody's; blocks of a steered prompt only of its kind.
+    others = set(plain.block_hashes)
+    assert len(set(first.block_hashes) & others) == (2 if positions == "generated" else 0)
+    assert len(set(follow.block_hashes) & others) == (5 if positions == "generated" else 0)
+    again = request("again", asked, prompt)
+    for token in answer:
+        again.append_output_token_ids(token)
+    assert again.block_hashes == first.block_hashes
 
 
 def test_a_salt_is_not_lost_with_a_second() -> None:

@@ -411,6 +411,13 @@ def test_malformed_specifications_are_refused_and_harm_nobody(
     assert generated(ask(served, PROMPT)) == plain
 
 
+def test_beams_can_not_be_steered_and_are_not(served: Served) -> None:
+    beams = {"use_beam_search": True, "n": 2, "logprobs": None}
+    answer = ask(served, PROMPT, {"preset": "both"}, count=3, **beams)
+    assert (answer.status_code, "beam search can not be steered" in answer.text) == (400, True)
+    assert ask(served, PROMPT, count=3, **beams).status_code == 200
+
+
 def test_what_we_note_is_not_taken_from_clients(served: Served) -> None:
     forged = {"slots": [{"layer": 20, "feature": 1, "constant": 99.0}]}
     for value in (json.dumps(forged), "x", 1):

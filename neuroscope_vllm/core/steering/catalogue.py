@@ -107,7 +107,8 @@ class Site(msgspec.Struct, frozen=True):
 
     Attributes:
         source: As the user gave it.
-        norm: float32 [width], of W_dec's rows.
+        norm: float32 [width], of what a feature of activation 1 adds to a row: of W_dec's rows,
+            times a row's usual scale where rows are normalised one by one.
         maximum: float32 [width], calibrated; None without a calibration.
         median_norm: Of residuals; None without a calibration.
         gates: Whether f of one feature depends on that feature alone, which a top-k SAE's does not.
@@ -120,10 +121,13 @@ class Site(msgspec.Struct, frozen=True):
     gates: bool
 
     @classmethod
-    def of(cls, sae: SAE, calibration: Calibration | None) -> Site:
+    def of(cls, sae: SAE, calibration: Calibration | None, sae_input: str = "raw") -> Site:
+        norm = torch.linalg.vector_norm(sae.W_dec.float(), dim=1).cpu()
+        if calibration is not None and (sae.info.input_norm is not None or sae_input == "rms"):
+            norm *= calibration.median_norm / sae.d_model**0.5
         return cls(
             source=sae.info.source,
-            norm=torch.linalg.vector_norm(sae.W_dec.float(), dim=1).cpu().numpy(),
+            norm=norm.numpy(),
             maximum=calibration.maximum.numpy() if calibration else None,
             median_norm=(calibration.median_norm or None) if calibration else None,
             gates=sae.info.k is None,

@@ -49,6 +49,12 @@ class _Settling:
         self._dose: defaultdict[int, float] = defaultdict(float)
 
     def all_of(self, asked: Asked) -> Steering | None:
+        room = MAX_SLOTS * len(self._catalogue.sites)
+        for field, given in (("steer", asked.steer), ("preset", asked.preset)):
+            if not isinstance(given, str) and len(given) > room:
+                raise Refused(
+                    f"{field}: {len(given)} are more than {room}, for which there is room."
+                )
         for i, edit in enumerate(asked.steer):
             self._edit(edit, f"steer[{i}]")
         for name in [asked.preset] if isinstance(asked.preset, str) else asked.preset:

@@ -74,16 +74,17 @@ class Steering(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     def of_layer(self, layer: int) -> list[Slot]:
         return [slot for slot in self.slots if slot.layer == layer]
 
-    @property
-    def edits(self) -> bool:
-        return any(slot.writes for slot in self.slots)
-
     def first_edited(self, prompt_length: int) -> int | None:
         """Position from which keys and values may differ from unsteered ones; None: nowhere."""
         written = [slot.positions for slot in self.slots if slot.writes]
         if not written:
             return None
         return prompt_length if set(written) == {"generated"} else 0
+
+    @property
+    def splits(self) -> bool:
+        """Whether prompt and answer are edited differently."""
+        return any(slot.writes and slot.positions != "all" for slot in self.slots)
 
     @property
     def reads_prompt(self) -> bool:

@@ -22,6 +22,17 @@ def steer_with(catalogue: Catalogue) -> None:
     _catalogues[:] = [catalogue]
 
 
+def refuse_beams(extra_args: dict[str, Any] | None) -> None:
+    """Beam search takes no options along, so what would steer it is refused. Raises ValueError."""
+    options = request_options(extra_args)
+    if options.steer or options.preset or options.rules:
+        raise ValueError(
+            f"vllm_xargs.{KEY}: beam search can not be steered in vLLM; leave use_beam_search out."
+        )
+    if _catalogues and _catalogues[0].operator.rules:
+        raise ValueError("beam search can not be held to this server's rules; leave it out.")
+
+
 def admit(params: Any) -> None:
     """Check and apply the request's options. Raises ValueError on bad ones.
 

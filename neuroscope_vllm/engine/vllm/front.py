@@ -104,6 +104,7 @@ def create_engine_config(original: Any, engine_args: Any, *args: Any, **kwargs: 
         operator=operator,
     )
     _store(resolved, vllm_config)
+    plugin.wrap_beam_search()
     for sentence in warnings(vllm_config):
         logger.warning("neuroscope: %s", sentence)
     return vllm_config
@@ -157,7 +158,7 @@ def _sites(settings: Settings, model: ModelConfig) -> tuple[list[SiteSettings], 
         sae = load_sae(source)  # finds NaN and truncation now rather than in a worker
         if calibrated is not None:
             check_calibration(*calibrated, sae, model.model)
-        steered[layer] = Site.of(sae, calibrated[1] if calibrated else None)
+        steered[layer] = Site.of(sae, calibrated[1] if calibrated else None, settings.sae_input)
         calibration = str(calibrated[0]) if calibrated else None
         sites.append(SiteSettings(layer, pinned(source, info.revision), info, calibration))
     return sorted(sites, key=lambda site: site.layer), steered

@@ -14,9 +14,11 @@ import uuid
 from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
+import msgspec
 from vllm.config import VllmConfig
 
 from neuroscope_vllm.core import wire
+from neuroscope_vllm.core.errors import NeuroscopeError
 from neuroscope_vllm.core.steering.asked import Asked
 from neuroscope_vllm.core.steering.catalogue import Catalogue
 from neuroscope_vllm.core.steering.settle import Refused, settle
@@ -136,12 +138,12 @@ class LiveSteering:
                 self._catalogue = steer_catalogue.build_again(self._vllm_config)
             # Without edits the operator's rules are still everybody's.
             steering = settle(command.asked or Asked(), self._catalogue)
-            if steering is not None and any(s.positions == "prompt" for s in steering.slots):
-                raise Refused(
-                    "positions: the prompt of a running request has run; use generated or all."
-                )
+            _check_in_time(command.asked, self._catalogue)
         except Refused as refusal:
             self._refuse(change, 400, str(refusal))
+            return
+        except NeuroscopeError as error:  # a file is not what it was at the start
+            self._refuse(change, 503, str(error))
             return
         with self._lock:
             self._ready[change.command] = change._replace(steering=steering)
@@ -153,6 +155,14 @@ class LiveSteering:
         self._answer(
             wire.SteeringChanged(change.command, change.internal_id, error=error, status=status)
         )
+
+
+def _check_in_time(asked: Asked | None, catalogue: Catalogue) -> None:
+    """Raises Refused if a request's own edits or conditions are of its prompt."""
+    rest = msgspec.structs.replace(catalogue.operator, rules=[])
+    own = settle(asked or Asked(), msgspec.structs.replace(catalogue, operator=rest))
+    if own is not None and any(slot.positions == "prompt" for slot in own.slots):
+        raise Refused("positions: the prompt of a running request has run; use generated or all.")
 
 
 def carry(scheduler_output: Any, changes: dict[str, Any]) -> None:

@@ -80,7 +80,7 @@ class LayerEncoder:
 class _Job:
     number: int  # of the step, from 0
     step: StepView  # its tensors are copies if the encode runs beside the next step
-    rows: list[Tensor]  # one per layer encoder; likewise
+    rows: list[Tensor]  # one per layer encoder; likewise; none of a step that is dropped
     ready: torch.cuda.Event | None
     steered: list[SpanSteering]
 
@@ -145,6 +145,10 @@ class EncodePipeline:
             ready = torch.cuda.Event()
             ready.record()
             self._jobs.put(_Job(number, copied, rows, ready, list(steered)))
+        elif steered:  # its features are lost, what a rule ends is not
+            ready = torch.cuda.Event()
+            ready.record()
+            self._jobs.put(_Job(number, step, [], ready, list(steered)))
         self.counters["submit_us"] += _microseconds_since(began)
 
     def _admit(self, count: int) -> bool:
@@ -162,14 +166,19 @@ class EncodePipeline:
             while True:
                 job = self._jobs.get()
                 self._finish(job)
-                with self._lock:
-                    self._pending_rows -= job.step.num_rows
+                if job.rows:
+                    with self._lock:
+                        self._pending_rows -= job.step.num_rows
 
     def _finish(self, job: _Job) -> None:
         began = time.perf_counter()
         try:
-            self._send(self._encode(job))
-            self.counters["rows_encoded"] += job.step.num_rows
+            if job.ready is not None:
+                torch.cuda.current_stream().wait_event(job.ready)
+            steering = self._steering(job)
+            if job.rows:
+                self._send(self._encode(job, steering))
+                self.counters["rows_encoded"] += job.step.num_rows
             self.failing = False
         except Exception:
             # The model goes on whatever happens here. The loss is counted, the first of a run is
@@ -180,9 +189,7 @@ class EncodePipeline:
             self.failing = True
         self.counters["encode_us"] += _microseconds_since(began)
 
-    def _encode(self, job: _Job) -> wire.StepFeatures:
-        if job.ready is not None:
-            torch.cuda.current_stream().wait_event(job.ready)
+    def _encode(self, job: _Job, steering: dict[str, Any]) -> wire.StepFeatures:
         columns = [
             encoder.encode(rows) for encoder, rows in zip(self._encoders, job.rows, strict=True)
         ]
@@ -206,7 +213,7 @@ class EncodePipeline:
             layers=layers,
             step=job.number,
             num_layers=self._num_layers,
-            **self._steering(job),
+            **steering,
         )
 
     def _steering(self, job: _Job) -> dict[str, Any]:

@@ -59,6 +59,23 @@ def wrap_engine() -> None:
         EngineCoreProc.run_engine_core = staticmethod(run_engine_core)
 
 
+def wrap_beam_search() -> None:
+    """In a process that takes requests: their classes are imported there, or never."""
+    for family in ("chat_completion", "completion"):
+        module = sys.modules.get(f"vllm.entrypoints.openai.{family}.protocol")
+        for name in ("ChatCompletionRequest", "CompletionRequest"):
+            owner = getattr(module, name, None)
+            if owner is not None:
+                wrap(owner, "to_beam_search_params", _to_beam_search_params)
+
+
+def _to_beam_search_params(original: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+    from neuroscope_vllm.engine.vllm.admission import refuse_beams
+
+    refuse_beams(request.vllm_xargs)
+    return original(request, *args, **kwargs)
+
+
 _originals: dict[str, Callable[..., None]] = {}
 _fronts: set[int] = set()  # processes that take requests; forks of them do not
 _engine_process = threading.Event()  # set in a process that is an engine core and nothing else

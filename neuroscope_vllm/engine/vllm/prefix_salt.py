@@ -7,6 +7,7 @@ from its first generated token on reuses the prompt of one that is not.
 from __future__ import annotations
 
 import hashlib
+import uuid
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,8 @@ from neuroscope_vllm.engine.vllm.ids import STEERING
 from neuroscope_vllm.engine.vllm.patching import patching_of
 
 _SALTS = "neuroscope_salts"
+_SECRET = uuid.uuid4().hex
+"""A client that could write our salt could have others read its unsteered blocks."""
 
 
 def steering_of(params: Any) -> Steering | None:
@@ -27,7 +30,18 @@ def salt_whole(request: Any) -> None:
     """For an EngineCoreRequest that is steered from its first token on: vLLM's own salt does it."""
     steering = steering_of(request.sampling_params)
     if steering is not None and steering.first_edited(1) == 0:
-        request.cache_salt = f"{request.cache_salt or ''}\0neuroscope:{steering.digest}"
+        request.cache_salt = f"{request.cache_salt or ''}\0{_SECRET}:{steering.digest}"
+
+
+def salt_of(steering: Steering, prompt_length: int) -> tuple[int, bytes] | None:
+    """A position, and the salt of blocks that end past it; None: `salt_whole` is enough.
+
+    What an answer ran under is not what it would run under as part of a longer prompt, unless all
+    positions are treated alike.
+    """
+    if not steering.splits:
+        return None
+    return prompt_length, f"{steering.digest}:{prompt_length}".encode()
 
 
 def salt_from(request: Any, position: int, salt: str) -> None:
@@ -57,11 +71,11 @@ def _salts(request: Any) -> tuple[tuple[int, bytes], ...]:
     if found is None:
         patching = patching_of(request.sampling_params)
         steering = steering_of(request.sampling_params)
-        first = steering.first_edited(request.num_prompt_tokens) if steering else None
         if patching is not None:
             found = patching["salts"]
         else:
-            found = () if not first or steering is None else ((first, steering.digest.encode()),)
+            own = salt_of(steering, request.num_prompt_tokens) if steering is not None else None
+            found = () if own is None else (own,)
         setattr(request, _SALTS, found)
     return found
 

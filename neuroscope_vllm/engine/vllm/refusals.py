@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from vllm.config import VllmConfig
 
 from neuroscope_vllm.core.errors import ConfigError
@@ -20,6 +22,8 @@ def check_served(vllm_config: VllmConfig) -> None:
             f" {', '.join(SERVED)}, so serve such a model or leave neuroscope unconfigured."
         )
     reasons = {
+        "vLLM's Rust front end (VLLM_USE_RUST_FRONTEND) makes requests where their options are not"
+        " read": os.environ.get("VLLM_USE_RUST_FRONTEND", "0") not in ("", "0"),
         "dual-batch overlap (--enable-dbo) runs each layer on half batches, so rows can not be"
         " told apart": getattr(parallel, "use_ubatching", False),
         "decode context parallelism splits a request's rows over ranks": (

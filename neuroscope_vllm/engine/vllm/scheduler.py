@@ -27,7 +27,7 @@ from neuroscope_vllm.core.sender import Sender
 from neuroscope_vllm.engine.vllm import live_steering, rule_stops
 from neuroscope_vllm.engine.vllm.ids import identify
 from neuroscope_vllm.engine.vllm.live_steering import LiveSteering
-from neuroscope_vllm.engine.vllm.prefix_salt import steering_of
+from neuroscope_vllm.engine.vllm.prefix_salt import salt_of, steering_of
 from neuroscope_vllm.engine.vllm.settings import (
     WorkerSettings,
     engine_name,
@@ -98,7 +98,7 @@ class SchedulerTap:
             return  # pooling, embeddings in place of tokens, a prompt that grows: not observed
         who = identify(request.request_id, request.external_req_id, params)
         steering = steering_of(params)
-        edited = steering.first_edited(len(request.prompt_token_ids)) if steering else None
+        salt = salt_of(steering, len(request.prompt_token_ids)) if steering else None
         started = wire.RequestStarted(
             internal_id=request.request_id,
             request_id=who.request_id,
@@ -116,8 +116,8 @@ class SchedulerTap:
             lora=request.lora_request.lora_name if request.lora_request else None,
             beam=who.beam,
             prefix_root=_prefix_root(request),
-            edited_from=edited,
-            edit_salt=steering.digest.encode() if steering else b"",
+            edited_from=salt[0] if salt else None,
+            edit_salt=salt[1] if salt else b"",
             steering=steering.describe() if steering else None,
         )
         with self._lock:

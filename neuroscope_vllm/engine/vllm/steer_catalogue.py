@@ -39,6 +39,7 @@ def build_again(vllm_config: VllmConfig) -> Catalogue:
         site.layer: Site.of(
             load_sae(site.source),
             Calibration.load(site.calibration) if site.calibration else None,
+            settings.settings.sae_input,
         )
         for site in settings.sites
     }

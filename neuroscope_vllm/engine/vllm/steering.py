@@ -6,7 +6,7 @@ of the tables when it is in a step and keeps it until it ends.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import numpy as np
@@ -32,14 +32,15 @@ class Steered:
 
     __slots__ = ("entry", "prompt_length", "reported", "steering")
 
-    def __init__(self, steering: Steering, prompt_length: int) -> None:
+    def __init__(self, steering: Steering, prompt_length: int, told: Collection[int]) -> None:
+        """`told`: layers of which one feature's activation can be told alone."""
         self.steering = steering
         self.prompt_length = prompt_length
         self.entry: int | None = None
         self.reported: dict[int, list[Slot]] = {}
         """By layer, slots of features: readers hear of those."""
         for slot in steering.slots:
-            if slot.feature is not None:
+            if slot.feature is not None and slot.layer in told:
                 self.reported.setdefault(slot.layer, []).append(slot)
 
 
@@ -55,6 +56,7 @@ class Steerer:
         """`saes`: by layer, on the CPU; `directions`: by name, [d_model]."""
         self._tables = tables
         self._saes = saes
+        self._told = [layer for layer, sae in saes.items() if sae.info.k is None]
         self._directions = directions
         self._requests: dict[str, Steered] = {}
         self._running: list[tuple[int, Steered]] = []  # in the step, by their number
@@ -69,11 +71,18 @@ class Steerer:
             if new.req_id not in self._requests and new.sampling_params is not None:
                 given = (new.sampling_params.extra_args or {}).get(STEERING)
                 if given is not None:
-                    self._requests[new.req_id] = Steered(from_dict(given), _prompt_length(new))
+                    self._requests[new.req_id] = self._steered(
+                        from_dict(given), _prompt_length(new)
+                    )
         for request_id, (prompt_length, steering) in carried(scheduler_output).items():
             self._forget(request_id)
             # Kept without edits too: the V2 runner would begin anew with what the request brought.
-            self._requests[request_id] = Steered(steering or Steering(slots=[]), prompt_length)
+            self._requests[request_id] = self._steered(
+                steering or Steering(slots=[]), prompt_length
+            )
+
+    def _steered(self, steering: Steering, prompt_length: int) -> Steered:
+        return Steered(steering, prompt_length, self._told)
 
     def prepared(self, step: StepView) -> None:
         """Just before the forward pass: its rows to the entries of their requests."""
