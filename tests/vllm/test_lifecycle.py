@@ -134,6 +134,9 @@ def test_what_ended_while_the_side_process_was_away_is_told_by_the_new_one(serve
 
 
 def test_a_running_chat_goes_on_in_the_stream_of_the_new_side_process(served: Served) -> None:
+    # The test before has killed one: where the worker still looks for the new one, this chat would
+    # be over before its first features are there.
+    served.wait_ready(f"{served.features}/health", timeout=20)
     (side,) = side_processes(served)
     trace_url = f"{served.features}/v1/requests/survivor"
 
@@ -151,6 +154,7 @@ def test_a_running_chat_goes_on_in_the_stream_of_the_new_side_process(served: Se
         # whatever machine.
         scheduler = scheduler_process(served)
         scheduler.suspend()
+        assert not running.done()
         try:
             side.kill()
             wait_until(lambda: is_back(served, side))

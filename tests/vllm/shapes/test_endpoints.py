@@ -91,10 +91,13 @@ def test_generative_scoring(api: Api) -> None:
 @pytest.mark.parametrize("detokenize", [True, False])
 def test_tokens_in_tokens_out(api: Api, stream: bool, detokenize: bool) -> None:
     """Where vLLM makes no text, the stream does."""
-    name, prompt = new_name(), some_tokens(70)
+    name = new_name()
+    # Whole characters, so that the answer's text is that of its own tokens.
+    prompt = api.post("/tokenize", {"prompt": "a quick fox " * 6, "model": "tiny"}).json()["tokens"]
+    params = {"max_tokens": 9, "temperature": 0, "detokenize": detokenize, "ignore_eos": True}
     body = {
         "token_ids": prompt,
-        "sampling_params": {"max_tokens": 9, "detokenize": detokenize, "ignore_eos": True},
+        "sampling_params": params,
         "stream": stream,
     }
     path = "/inference/v1/generate"
