@@ -141,6 +141,7 @@ def test_a_running_chat_goes_on_in_the_stream_of_the_new_side_process(served: Se
     trace_url = f"{served.features}/v1/requests/survivor"
 
     def has_features() -> bool:
+        time.sleep(0.1)  # for what is on its way
         response = httpx.get(trace_url, timeout=20)
         if response.status_code != 200:
             return False
@@ -148,14 +149,17 @@ def test_a_running_chat_goes_on_in_the_stream_of_the_new_side_process(served: Se
         return sum(e["event"] == "token" and e["features_at"] == "self" for e in events) > 5
 
     with ThreadPoolExecutor(1) as pool:
-        running = pool.submit(chat, served, "survivor", None, 900)
-        wait_until(has_features)
-        # No step runs before the new side process is there and the worker has found it, on
-        # whatever machine.
         scheduler = scheduler_process(served)
-        scheduler.suspend()
-        assert not running.done()
+        running = pool.submit(chat, served, "survivor", None, 900)
+        deadline = time.monotonic() + 60
         try:
+            # A few steps at a time, or the chat is over before its features are seen. Then none,
+            # until the new side process is there and the worker has found it.
+            while scheduler.suspend() or not has_features():
+                assert time.monotonic() < deadline
+                scheduler.resume()
+                time.sleep(0.02)
+            assert not running.done()
             side.kill()
             wait_until(lambda: is_back(served, side))
             served.wait_ready(f"{served.features}/health", timeout=20)

@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.vllm.shapes.asking import CHAT, Api, data_lines, new_name, some_tokens
+from tests.vllm.shapes.asking import CHAT, Api, data_lines, new_name
 
 HELLO = {"messages": [{"role": "user", "content": "hello there"}], "max_tokens": 9}
 
