@@ -196,3 +196,14 @@ def test_who_ended_is_answered_though_no_step_comes() -> None:
     core.live.command(b"nonsense")
     core.ask("mine", ABLATE)
     assert "mine" in core.apply_until(bool)
+
+
+def test_a_fault_is_answered_and_the_next_command_heard() -> None:
+    core = Core(request("mine"))
+    core.live._catalogue = None  # and there is no vLLM to make one of
+    core.ask("mine", ABLATE)
+    answer = core.answers.get(timeout=10)
+    assert (answer.status, "AttributeError" in (answer.error or "")) == (500, True)
+    core.live._catalogue = Catalogue({20: SITE})
+    core.ask("mine", ABLATE)
+    assert "mine" in core.apply_until(bool)

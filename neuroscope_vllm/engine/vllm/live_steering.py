@@ -125,11 +125,12 @@ class LiveSteering:
 
     def _settle_all(self) -> None:
         while True:
-            data = self._commands.get()
             try:
-                self._settle(wire.decode_command(data))
-            except Exception:  # one command must not end the listening
-                logger.exception("neuroscope: a command of the hub can not be carried out")
+                command = wire.decode_command(self._commands.get())
+            except (msgspec.MsgspecError, ValueError) as error:
+                logger.warning("neuroscope: a malformed command from the hub: %s", error)
+                continue
+            self._settle(command)
 
     def _settle(self, command: wire.Steer) -> None:
         change = _Change(command.command, command.internal_id, None)
@@ -142,8 +143,15 @@ class LiveSteering:
         except Refused as refusal:
             self._refuse(change, 400, str(refusal))
             return
-        except NeuroscopeError as error:  # a file is not what it was at the start
+        except (NeuroscopeError, OSError) as error:  # a file is not what it was at the start
             self._refuse(change, 503, str(error))
+            return
+        except Exception as error:
+            # A fault of ours: who asked is told, and those after it are still heard.
+            logger.exception("neuroscope: steering could not be changed")
+            self._refuse(
+                change, 500, f"the engine failed on it ({error!r}); its log has the trace."
+            )
             return
         with self._lock:
             self._ready[change.command] = change._replace(steering=steering)
