@@ -25,7 +25,7 @@ import msgspec
 from rich.progress import Progress
 from rich.table import Table
 
-from neuroscope_vllm.cli.supervise import console, vllm_command, vllm_executable
+from neuroscope_vllm.cli.supervise import console, end_what_we_start, vllm_command, vllm_executable
 from neuroscope_vllm.core.config import Settings, without_settings
 
 START_TIMEOUT_S = 600
@@ -76,6 +76,7 @@ def compare(
     settings = msgspec.structs.replace(settings, features_port=_free_port())
     features = f"http://127.0.0.1:{settings.features_port}"
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    end_what_we_start()
     plain_port, watched_port = _free_port(), _free_port()
     with (
         _server(vllm_command(model, plain_port, None, vllm_flags), plain_port),

@@ -140,9 +140,11 @@ def _run(options: dict[str, Any]) -> Patching:
         # times as long on a machine that others use too.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-    from neuroscope_vllm.cli.patch_job import Asked, run
+    from neuroscope_vllm.cli.patch_job import PatchOptions, run
 
-    return run(Asked(**options, **lists, everywhere=everywhere), model, backend, vllm_flags, flags)
+    return run(
+        PatchOptions(**options, **lists, everywhere=everywhere), model, backend, vllm_flags, flags
+    )
 
 
 def _numbers(given: str | None, name: str) -> list[int] | None:
@@ -164,7 +166,7 @@ def _output(path: Path) -> Path:
     if path.suffix.lower() not in FORMS:
         raise click.UsageError(f"--output {path} ends with none of {', '.join(FORMS)}.")
     if path.suffix.lower() in (".png", ".svg"):
-        from neuroscope_vllm.core.patching.picture import check_pictures
+        from neuroscope_vllm.core.pictures import check_pictures
 
         check_pictures()
     return writable(path)

@@ -29,7 +29,7 @@ from neuroscope_vllm.engine.protocol import PatchEngine
 from neuroscope_vllm.engine.spec import Backend, EngineSpec
 
 
-class Asked(msgspec.Struct, kw_only=True):
+class PatchOptions(msgspec.Struct, kw_only=True):
     """A sweep; see the options of the command. Lists that are None: all there is."""
 
     clean: str
@@ -48,7 +48,7 @@ class Asked(msgspec.Struct, kw_only=True):
 
 
 def run(
-    asked: Asked,
+    asked: PatchOptions,
     model: str | None,
     backend: Backend,
     vllm_flags: Sequence[str],
@@ -74,7 +74,7 @@ def run(
 
 
 def _run(
-    asked: Asked,
+    asked: PatchOptions,
     engine: PatchEngine,
     settings: Settings,
     saes: dict[int, SAE],
@@ -162,7 +162,7 @@ def _answer(engine: PatchEngine, text: str, option: str) -> Answer:
     )
 
 
-def _targets(asked: Asked, engine: PatchEngine, saes: dict[int, SAE]) -> list[Target]:
+def _targets(asked: PatchOptions, engine: PatchEngine, saes: dict[int, SAE]) -> list[Target]:
     """What is patched, a row each. Raises ConfigError: There is no such layer or feature."""
     there = sorted(saes) if asked.kind == "features" else list(range(engine.num_layers))
     layers = there if asked.layers is None else sorted(set(asked.layers))

@@ -43,14 +43,14 @@ unknown, hits (position, token and activation), steered (positions) and stops_at
 @click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")
 def command(file: str, traces: tuple[str, ...], url: str, as_json: bool, **flags: Any) -> None:
     from neuroscope_vllm.core.errors import ConfigError
-    from neuroscope_vllm.core.steering.asked import Asked
     from neuroscope_vllm.core.steering.dry_run import dry_run
-    from neuroscope_vllm.core.steering.settle import Refused, settle
+    from neuroscope_vllm.core.steering.settle import SteeringRefused, settle
+    from neuroscope_vllm.core.steering.spec import SteeringSpec
 
     with in_a_sentence():
         try:
-            steering = settle(Asked(), _catalogue(file, flags))
-        except Refused as refusal:
+            steering = settle(SteeringSpec(), _catalogue(file, flags))
+        except SteeringRefused as refusal:
             raise ConfigError(f"steering file {file}: {refusal}") from None
         if steering is None or not steering.rules:
             raise click.ClickException(f"steering file {file} has no rules; add some under rules.")

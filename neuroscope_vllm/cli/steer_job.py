@@ -22,16 +22,14 @@ from neuroscope_vllm.cli.steer_record import (
     result,
     watched,
 )
-from neuroscope_vllm.cli.steer_server import Answered, Ask, Refused, Server
-
-MAX_WATCHED = 4
-"""Rules that a request may have."""
+from neuroscope_vllm.cli.steer_server import Answered, Ask, Server, ServerRefused
+from neuroscope_vllm.core.steering.settled import MAX_RULES
 
 
 async def side_by_side(
     server: Server, ask: Ask, edits: list[dict[str, Any]], presets: list[str]
 ) -> SideBySide:
-    """Raises click.ClickException, one sentence, and Refused.
+    """Raises click.ClickException, one sentence, and ServerRefused.
 
     One answer after the other: beside each other they would share batches, whose rounding can turn
     a greedy answer too.
@@ -63,13 +61,13 @@ async def sweep(
     Args:
         report: Called after each of its requests.
 
-    Raises click.ClickException, one sentence; Refused: The server refuses them all.
+    Raises click.ClickException, one sentence; ServerRefused: The server refuses them all.
     """
 
-    async def one(value: float) -> Answered | Refused:
+    async def one(value: float) -> Answered | ServerRefused:
         try:
             return await _steered(server, ask, [{**swept, "value": value}, *edits], presets)
-        except Refused as refused:
+        except ServerRefused as refused:
             report()  # which nobody will score
             return refused
         finally:
@@ -78,7 +76,7 @@ async def sweep(
     answers = await gathered(*(one(value) for value in values))
     taken = [answer for answer in answers if isinstance(answer, Answered)]
     if not taken:
-        raise next(answer for answer in answers if isinstance(answer, Refused))
+        raise next(answer for answer in answers if isinstance(answer, ServerRefused))
     keys = list(dict.fromkeys(key for answer in taken for key in edited_keys(answer)))
     keys.sort(key=lambda key: key[1] != swept.get("feature"))  # whose strength it is comes first
     unsteered = await _unsteered(server, ask, keys)
@@ -90,7 +88,7 @@ async def sweep(
         base,
         [
             Strength(value, None, answer.message)
-            if isinstance(answer, Refused)
+            if isinstance(answer, ServerRefused)
             else Strength(value, of[id(answer)], None)
             for value, answer in zip(values, answers, strict=True)
         ],
@@ -122,11 +120,11 @@ async def _unsteered(server: Server, ask: Ask, keys: list[Key]) -> Answered:
     """With rules that only tell how active the features are, where the server has room for them."""
     watch = [
         {"when": {"layer": layer, "feature": feature, "above": 0, "positions": "all"}, "tag": "-"}
-        for layer, feature in keys[:MAX_WATCHED]
+        for layer, feature in keys[:MAX_RULES]
     ]
     try:
         return await server.answer(ask, {"rules": watch})
-    except Refused:
+    except ServerRefused:
         return await server.answer(ask, {})
 
 

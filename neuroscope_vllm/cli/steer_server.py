@@ -23,7 +23,7 @@ AT_ONCE = 8
 """Requests that run at the same time."""
 
 
-class Refused(click.ClickException):
+class ServerRefused(click.ClickException):
     """The server's own sentence on a request that it does not take."""
 
 
@@ -106,7 +106,7 @@ class Server:
         self.special = frozenset(description.get("special_token_ids", ()))
 
     async def answer(self, ask: Ask, options: dict[str, Any]) -> Answered:
-        """Raises Refused: The server takes no such request."""
+        """Raises ServerRefused: The server takes no such request."""
         path, body = ask.body()
         # What vLLM has in its prefix cache would come without the features of this run.
         given = json.dumps({**options, "prompt_features": "all"})
@@ -187,7 +187,7 @@ class Server:
         with _connected(self._vllm):
             said = await self._vllm.post(path, json=body, headers=headers)
         if said.status_code == 400:
-            raise Refused(" ".join(refusal(said).message.split()))
+            raise ServerRefused(" ".join(refusal(said).message.split()))
         if said.status_code != 200:
             raise refusal(said)
         return _json(said)

@@ -62,9 +62,7 @@ def run_server(words: list[str], settings: Settings, port: int, print_command: b
     if print_command:
         click.echo(shlex.join(words))
         return
-    # Also where a shell started us ignoring them.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _interrupt)
+    end_what_we_start()
     # A session of its own: Ctrl-C reaches us alone, and we decide how the child ends. Its settings
     # are on its command line; the environment has had its say.
     child = subprocess.Popen(
@@ -82,6 +80,13 @@ def run_server(words: list[str], settings: Settings, port: int, print_command: b
         _stop(child)
         sys.exit(130)
     sys.exit(code)
+
+
+def end_what_we_start() -> None:
+    """Signals that would end us become a KeyboardInterrupt, so that servers of ours end first."""
+    # Also where a shell started us ignoring them.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _interrupt)
 
 
 def _interrupt(number: int, frame: object) -> None:

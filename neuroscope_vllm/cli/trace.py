@@ -157,13 +157,10 @@ def _drawable(output: Path) -> None:
         )
     writable(output)
     if output.suffix in (".png", ".svg"):
-        try:
-            import matplotlib  # noqa: F401
-        except ImportError:
-            raise click.ClickException(
-                f"{output} needs matplotlib, which is not installed; pip install"
-                " 'neuroscope-vllm[plots]', or write a .html."
-            ) from None
+        from neuroscope_vllm.core.pictures import check_pictures
+
+        with failures():
+            check_pictures()
 
 
 def _write(output: Path, job: Any, graph: Any) -> None:

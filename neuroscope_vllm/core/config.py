@@ -187,23 +187,25 @@ def from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
     return values
 
 
-def read_yaml(path: Path, known: Collection[str] = tuple(_FIELDS)) -> dict[str, Any]:
-    """A YAML file of `name: value` lines. Raises ConfigError, one sentence."""
+def read_yaml(
+    path: Path, known: Collection[str] = tuple(_FIELDS), what: str = "config file"
+) -> dict[str, Any]:
+    """A YAML file of `name: value` lines. Raises ConfigError, one sentence on `what` it is."""
     import yaml
 
     try:
         content = yaml.safe_load(path.read_text())
     except OSError as error:
-        raise ConfigError(f"config file {path} can not be read: {error.strerror}.") from None
+        raise ConfigError(f"{what} {path} can not be read: {error.strerror}.") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         where = getattr(error, "problem_mark", None)
         line = f" (line {where.line + 1})" if where else ""
-        raise ConfigError(f"config file {path} is not valid YAML{line}.") from None
+        raise ConfigError(f"{what} {path} is not valid YAML{line}.") from None
     if content is None:
         return {}
     if not isinstance(content, dict):
-        raise ConfigError(f"config file {path} must hold `name: value` lines.")
-    return dict(_checked_keys(content, f"config file {path}", known))
+        raise ConfigError(f"{what} {path} must hold `name: value` lines.")
+    return dict(_checked_keys(content, f"{what} {path}", known))
 
 
 def _checked_keys(values: Any, where: str, known: Collection[str] = tuple(_FIELDS)) -> Any:

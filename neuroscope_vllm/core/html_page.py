@@ -17,9 +17,12 @@ from neuroscope_vllm.core.json_text import to_json
 def filled(package: str, name: str, data: dict[str, Any]) -> str:
     """The page: a template of a package with its [[DATA]] and its [[POLICY]].
 
-    The policy allows its own script and style, and nothing else.
+    The policy allows its own script and style, and nothing else. [[PRELUDE]] in a script is what
+    most of them begin with.
     """
     template = resources.files(package).joinpath(name).read_text()
+    prelude = resources.files("neuroscope_vllm.core").joinpath("page_prelude.js").read_text()
+    template = template.replace("[[PRELUDE]]\n", prelude, 1)
     for mark, value in (("POLICY", _policy(template)), ("DATA", _inert(data))):
         template = template.replace(f"[[{mark}]]", value, 1)
     return template

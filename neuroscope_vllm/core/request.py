@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from neuroscope_vllm.core.steering.asked import Asked
+from neuroscope_vllm.core.steering.spec import SteeringSpec
 
 KEY = "neuroscope"
 _EXPECTED = (
@@ -20,7 +20,7 @@ _EXPECTED = (
 )
 
 
-class RequestOptions(Asked, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class RequestOptions(SteeringSpec, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Options of one request: how it is steered, and which features it gets."""
 
     prompt_features: Literal["available", "all"] = "available"

@@ -49,8 +49,8 @@ def read_unembedding(folder: Path) -> Unembedding:
         gain = found[_NORM].float()
     except KeyError as error:
         raise ConfigError(
-            f"model {folder} has no weights named {error}; leave --model out to label by what "
-            f"features read alone."
+            f"model {folder} has no weights named {error}, so what it writes can not be told from"
+            " it; give another, or none."
         ) from error
     except Exception as error:  # tokenizers raises no class of its own
         raise ConfigError(

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from neuroscope_vllm.core.sae.info import SAEInfo
-from neuroscope_vllm.core.steering.asked import Asked
+from neuroscope_vllm.core.steering.spec import SteeringSpec
 
 WIRE_VERSION = 4
 
@@ -263,7 +263,7 @@ class Steer(msgspec.Struct, tag="steer"):
 
     command: str
     internal_id: str
-    asked: Asked | None
+    asked: SteeringSpec | None
     """None: not any more."""
 
 

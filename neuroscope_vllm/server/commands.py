@@ -7,7 +7,7 @@ import secrets
 from collections.abc import Callable
 
 from neuroscope_vllm.core import wire
-from neuroscope_vllm.core.steering.asked import Asked
+from neuroscope_vllm.core.steering.spec import SteeringSpec
 
 ANSWER_TIMEOUT_S = 20.0
 """The first command has an engine read its SAEs once more; then it takes a step."""
@@ -22,7 +22,7 @@ class Commands:
         self._waiting: dict[str, asyncio.Future[wire.SteeringChanged]] = {}
 
     async def steer(
-        self, internal_id: str, engine: str, asked: Asked | None
+        self, internal_id: str, engine: str, asked: SteeringSpec | None
     ) -> wire.SteeringChanged:
         """Have an engine steer a running choice otherwise.
 

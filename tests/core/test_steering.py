@@ -20,10 +20,10 @@ from neuroscope_vllm.core.request import RequestOptions, request_options
 from neuroscope_vllm.core.sae.info import LAYER_NORM, RMS, SAEInfo
 from neuroscope_vllm.core.sae.sae import SAE
 from neuroscope_vllm.core.steering.arithmetic import activations, change, feature_vector
-from neuroscope_vllm.core.steering.asked import Asked, Edit, Rule
 from neuroscope_vllm.core.steering.catalogue import Catalogue, Operator, Site
-from neuroscope_vllm.core.steering.settle import Refused, settle
+from neuroscope_vllm.core.steering.settle import SteeringRefused, settle
 from neuroscope_vllm.core.steering.settled import MAX_RULES, MAX_SLOTS, Steering, from_dict
+from neuroscope_vllm.core.steering.spec import Edit, Rule, SteeringSpec
 
 WIDTH, D_MODEL = 32, 8
 
@@ -32,6 +32,7 @@ def site(*, calibrated: bool = True, gates: bool = True) -> Site:
     return Site(
         source="sae",
         norm=np.full(WIDTH, 2.0, np.float32),
+        gain=np.where(np.arange(WIDTH) == 31, 0.5, 1).astype(np.float32),
         maximum=np.arange(WIDTH, dtype=np.float32) if calibrated else None,
         median_norm=100.0 if calibrated else None,
         gates=gates,
@@ -43,7 +44,7 @@ CATALOGUE = Catalogue({5: site(calibrated=False), 20: site()})
 
 def one(edit: dict[str, Any], catalogue: Catalogue = CATALOGUE) -> Steering:
     given = {"layer": 20, "feature": 3, **edit}
-    found = settle(msgspec.convert({"steer": [given]}, Asked), catalogue)
+    found = settle(msgspec.convert({"steer": [given]}, SteeringSpec), catalogue)
     assert found is not None
     return found
 
@@ -57,13 +58,14 @@ def one(edit: dict[str, Any], catalogue: Catalogue = CATALOGUE) -> Steering:
         ({"op": "clamp", "value": 10, "unit": "max"}, -1, 30),
         ({"op": "scale", "value": 4}, 3, 0),
         ({"op": "ablate"}, -1, 0),
+        ({"op": "ablate", "feature": 31}, -2, 0),
     ],
 )
 def test_edits_are_two_numbers(
     edit: dict[str, Any], per_activation: float, constant: float
 ) -> None:
     (slot,) = one(edit).slots
-    assert (slot.layer, slot.feature) == (20, 3)
+    assert (slot.layer, slot.feature) == (20, edit.get("feature", 3))
     assert (slot.per_activation, slot.constant) == (per_activation, constant)
 
 
@@ -95,18 +97,19 @@ def test_the_dose_is_the_change_over_the_usual_norm() -> None:
     assert "layer 20 by up to 1.2" in loud.warnings[0]
     assert one({"op": "scale", "value": 21}).doses == {20: 1.2}
     assert one({"op": "ablate"}).doses == {20: 0.0}
+    assert one({"op": "ablate", "feature": 31}).doses == {20: 0.62}  # a second time 31 x 2 / 100
     # From its maximum down, or from nothing up.
     assert one({"op": "clamp", "feature": 30, "value": -10}).doses == {20: 0.8}
     assert one({"op": "clamp", "feature": 30, "value": 50}).doses == {20: 1.0}
     assert one({"op": "scale", "value": 0.5}).doses == {20: 0.0}
-    with pytest.raises(Refused, match=r"layer 20 by up to 4\.2 .* limit is 4"):
+    with pytest.raises(SteeringRefused, match=r"layer 20 by up to 4\.2 .* limit is 4"):
         one({"op": "add", "value": 210})
     both = [Edit(op="add", layer=20, feature=f, value=110.0) for f in (1, 2)]
-    with pytest.raises(Refused, match="limit"):
-        settle(Asked(steer=both), CATALOGUE)
+    with pytest.raises(SteeringRefused, match="limit"):
+        settle(SteeringSpec(steer=both), CATALOGUE)
     # Where nothing is known, nothing is refused for its size but what no float16 holds.
     assert one({"op": "add", "value": 1e6, "layer": 5}).doses == {}
-    with pytest.raises(Refused, match=r"steer\[0\]\.value"):
+    with pytest.raises(SteeringRefused, match=r"steer\[0\]\.value"):
         one({"op": "add", "value": 1e7, "layer": 5})
 
 
@@ -134,7 +137,7 @@ def test_the_dose_is_the_change_over_the_usual_norm() -> None:
     ],
 )
 def test_refusals_name_the_field(edit: dict[str, Any], why: str) -> None:
-    with pytest.raises(Refused, match=rf"^steer\[0\]\.{why}"):
+    with pytest.raises(SteeringRefused, match=rf"^steer\[0\]\.{why}"):
         one(edit)
 
 
@@ -143,11 +146,11 @@ def test_a_top_k_sae_gates_nothing() -> None:
     catalogue = Catalogue({20: site(gates=False)})
     assert one({"op": "add", "value": 1}, catalogue).slots[0].writes
     for edit in ({"op": "clamp", "value": 1}, {"op": "ablate"}, {"op": "scale", "value": 2}):
-        with pytest.raises(Refused, match=r"steer\[0\]\.op: SAE sae keeps the k largest"):
+        with pytest.raises(SteeringRefused, match=r"steer\[0\]\.op: SAE sae keeps the k largest"):
             one(edit, catalogue)
     rule = msgspec.convert({"when": {"feature": 1, "above": 1}, "stop": True}, Rule)
-    with pytest.raises(Refused, match=r"rules\[0\]\.when\.feature: SAE sae keeps"):
-        settle(Asked(rules=[rule]), catalogue)
+    with pytest.raises(SteeringRefused, match=r"rules\[0\]\.when\.feature: SAE sae keeps"):
+        settle(SteeringSpec(rules=[rule]), catalogue)
 
 
 @pytest.mark.parametrize("input_norm", [None, RMS, LAYER_NORM])
@@ -165,7 +168,7 @@ def test_doses_are_of_the_change_that_is_made(input_norm: str | None, sae_input:
     calibration.tokens = 1
     calibration.update_norms(x.norm(dim=1))
     catalogue = Catalogue({20: Site.of(sae, calibration, sae_input)}, Operator(max_dose=1e9))
-    found = settle(Asked(steer=[Edit(op="add", feature=5, value=3.0)]), catalogue)
+    found = settle(SteeringSpec(steer=[Edit(op="add", feature=5, value=3.0)]), catalogue)
     assert found is not None
     used = sae.reading_rms() if sae_input == "rms" else sae
     vector = feature_vector(used, 5)
@@ -178,16 +181,16 @@ def test_doses_are_of_the_change_that_is_made(input_norm: str | None, sae_input:
 
 
 def test_there_is_room_for_so_many() -> None:
-    with pytest.raises(Refused, match="preset: 1000000 are more than 16"):
-        settle(Asked(preset=["calm"] * 1_000_000), CATALOGUE)
+    with pytest.raises(SteeringRefused, match="preset: 1000000 are more than 16"):
+        settle(SteeringSpec(preset=["calm"] * 1_000_000), CATALOGUE)
     edits = [Edit(op="ablate", layer=20, feature=f) for f in range(MAX_SLOTS + 1)]
-    assert settle(Asked(steer=edits[1:]), CATALOGUE) is not None
-    with pytest.raises(Refused, match=f"{MAX_SLOTS + 1} edits and conditions on layer 20"):
-        settle(Asked(steer=edits), CATALOGUE)
+    assert settle(SteeringSpec(steer=edits[1:]), CATALOGUE) is not None
+    with pytest.raises(SteeringRefused, match=f"{MAX_SLOTS + 1} edits and conditions on layer 20"):
+        settle(SteeringSpec(steer=edits), CATALOGUE)
     rule = msgspec.convert({"when": {"layer": 20, "feature": 1, "above": 1}, "tag": "t"}, Rule)
-    assert settle(Asked(rules=[rule] * MAX_RULES), CATALOGUE) is not None
-    with pytest.raises(Refused, match=f"rules: a request may have {MAX_RULES}"):
-        settle(Asked(rules=[rule] * (MAX_RULES + 1)), CATALOGUE)
+    assert settle(SteeringSpec(rules=[rule] * MAX_RULES), CATALOGUE) is not None
+    with pytest.raises(SteeringRefused, match=f"rules: a request may have {MAX_RULES}"):
+        settle(SteeringSpec(rules=[rule] * (MAX_RULES + 1)), CATALOGUE)
 
 
 def test_what_the_prefix_cache_may_share() -> None:
@@ -198,21 +201,20 @@ def test_what_the_prefix_cache_may_share() -> None:
     assert one({**add, "positions": "prompt"}).first_edited(50) == 0
     assert one({**add, "positions": "generated"}).first_edited(50) == 50
     tag = {"when": {"layer": 20, "feature": 1, "above": 1}, "tag": "t"}
-    tagged = settle(msgspec.convert({"rules": [tag]}, Asked), CATALOGUE)
+    tagged = settle(msgspec.convert({"rules": [tag]}, SteeringSpec), CATALOGUE)
     assert tagged is not None
     assert tagged.first_edited(50) is None
     assert not tagged.reads_prompt
     steers = {**tag, "steer": [{"op": "ablate", "layer": 5, "feature": 1}]}
-    ruled = settle(msgspec.convert({"rules": [steers]}, Asked), CATALOGUE)
+    ruled = settle(msgspec.convert({"rules": [steers]}, SteeringSpec), CATALOGUE)
     assert ruled is not None
     assert ruled.first_edited(50) == 50
     tag["when"]["positions"] = "all"
-    reads = settle(msgspec.convert({"rules": [tag]}, Asked), CATALOGUE)
+    reads = settle(msgspec.convert({"rules": [tag]}, SteeringSpec), CATALOGUE)
     assert reads is not None
     assert reads.reads_prompt
     # Equal for those that steer alike, however they wrote it.
     assert one(add).digest == one({"op": "add", "value": 4.0, "unit": "raw"}).digest
-    assert one({"op": "clamp", "value": 0}).digest == one({"op": "ablate"}).digest
     assert one(add).digest != one({**add, "positions": "generated"}).digest
     assert one(add).digest != one({**add, "feature": 4}).digest
 
@@ -222,20 +224,20 @@ def test_under_pipeline_parallelism_rules_stay_on_their_stage() -> None:
     when = {"layer": 5, "feature": 1, "above": 1}
     ablate = {"op": "ablate", "feature": 1}
     for rule in ({"stop": True}, {"steer": [{**ablate, "layer": 20}]}):
-        with pytest.raises(Refused, match=r"rules\[0\]: under pipeline parallelism"):
-            settle(msgspec.convert({"rules": [{"when": when, **rule}]}, Asked), staged)
+        with pytest.raises(SteeringRefused, match=r"rules\[0\]: under pipeline parallelism"):
+            settle(msgspec.convert({"rules": [{"when": when, **rule}]}, SteeringSpec), staged)
     same = {"rules": [{"when": when, "steer": [{**ablate, "layer": 5}], "tag": "t"}]}
-    assert settle(msgspec.convert(same, Asked), staged) is not None
+    assert settle(msgspec.convert(same, SteeringSpec), staged) is not None
 
 
 def test_under_speculative_decoding_rules_tag_only() -> None:
     drafts = Catalogue({20: site()}, drafts=True)
     when = {"feature": 1, "above": 1}
     for rule in ({"stop": True}, {"steer": [{"op": "ablate", "feature": 1}]}):
-        with pytest.raises(Refused, match=r"rules\[0\]: under speculative decoding"):
-            settle(msgspec.convert({"rules": [{"when": when, **rule}]}, Asked), drafts)
+        with pytest.raises(SteeringRefused, match=r"rules\[0\]: under speculative decoding"):
+            settle(msgspec.convert({"rules": [{"when": when, **rule}]}, SteeringSpec), drafts)
     tag = {"rules": [{"when": when, "tag": "t"}]}
-    assert settle(msgspec.convert(tag, Asked), drafts) is not None
+    assert settle(msgspec.convert(tag, SteeringSpec), drafts) is not None
 
 
 @pytest.fixture
@@ -265,7 +267,7 @@ def test_an_operators_file(vectors: Path) -> None:
     )
     catalogue = Catalogue.build({5: site(), 20: site()}, found, d_model=D_MODEL)
     assert catalogue.norms["up"] == pytest.approx(3 * D_MODEL**0.5)
-    asked = Asked(preset="calm", steer=[Edit(op="direction", direction="up", value=-0.5)])
+    asked = SteeringSpec(preset="calm", steer=[Edit(op="direction", direction="up", value=-0.5)])
     steering = settle(asked, catalogue)
     assert steering is not None
     assert [(s.layer, s.feature, s.direction) for s in steering.slots] == [
@@ -274,11 +276,13 @@ def test_an_operators_file(vectors: Path) -> None:
     assert steering.rules[0].tag == "seen"
     assert len(steering.warnings) == 2
     # The operator's rules are everybody's, also of who asks for nothing.
-    everybody = settle(Asked(), catalogue)
+    everybody = settle(SteeringSpec(), catalogue)
     assert everybody is not None
     assert not any(slot.writes for slot in everybody.slots)
-    with pytest.raises(Refused, match=r"preset: no preset is named clam; did you mean calm\?"):
-        settle(Asked(preset="clam"), catalogue)
+    with pytest.raises(
+        SteeringRefused, match=r"preset: no preset is named clam; did you mean calm\?"
+    ):
+        settle(SteeringSpec(preset="clam"), catalogue)
 
 
 @pytest.mark.parametrize(
@@ -339,3 +343,43 @@ def test_what_is_ablated_is_gone_where_encoder_and_decoder_agree() -> None:
         assert again == pytest.approx([value] * len(again), abs=1e-5)
     present = x + change(f - f, writing, zeros(64), x, None)
     assert torch.equal(present, x)
+
+
+@given(st.floats(0.05, 1.6), st.integers(0, 9))
+def test_what_is_ablated_reads_zero_whatever_the_encoder_reads_of_its_decoder(
+    gain: float, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    w_dec = torch.nn.functional.normalize(torch.randn(3, D_MODEL, generator=generator), dim=1)
+    across = torch.randn(3, D_MODEL, generator=generator)
+    across -= (across * w_dec).sum(1, keepdim=True) * w_dec
+    info = SAEInfo(source="s", format="t", architecture="jumprelu", d_model=D_MODEL, width=3)
+    bias, threshold = torch.randn(3, generator=generator), torch.full((3,), 0.01)
+    w_enc = (gain * w_dec + across).T
+    sae = SAE(w_enc, bias, threshold, w_dec, torch.zeros(D_MODEL), info)
+    made = Site.of(sae, None)
+    assert made.gain.tolist() == pytest.approx([gain] * 3, abs=1e-5)
+    (slot,) = one({"op": "ablate", "feature": 1, "layer": 5}, Catalogue({5: made})).slots
+    x = 8 * torch.randn(64, D_MODEL, generator=generator)
+    f = sae.encode(x)[:, 1]
+    assert (f > 0).sum() > 10
+    edited = x + (slot.per_activation * f).unsqueeze(1) * w_dec[1]
+    assert not sae.encode(edited)[:, 1].any()
+    assert slot.per_activation == pytest.approx(-1 if gain >= 1 else -1 / gain, rel=1e-4)
+
+
+def test_what_no_decoder_vector_ablates_is_refused() -> None:
+    blind = Site(**{**msgspec.structs.asdict(site()), "gain": np.zeros(WIDTH, np.float32)})
+    with pytest.raises(
+        SteeringRefused, match=r"steer\[0\]\.op: the encoder .* use clamp with value 0"
+    ):
+        one({"op": "ablate"}, Catalogue({20: blind}))
+    assert one({"op": "clamp", "value": 0}, Catalogue({20: blind})).slots[0].per_activation == -1
+
+
+def test_where_others_would_get_steered_keys_and_values_nothing_is_edited() -> None:
+    shared = Catalogue({20: site()}, kv_store="LMCacheConnectorV1")
+    with pytest.raises(SteeringRefused, match=r"steer: .* through LMCacheConnectorV1"):
+        one({"op": "add", "value": 4}, shared)
+    tag = {"rules": [{"when": {"feature": 1, "above": 1}, "tag": "t"}]}
+    assert settle(msgspec.convert(tag, SteeringSpec), shared) is not None

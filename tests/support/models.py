@@ -130,14 +130,24 @@ def _config(family: str, settings: dict[str, Any], special: dict[str, Any]) -> P
 
 
 def write_saelens_sae(
-    folder: Path, *, d_model: int, width: int, layer: int, scale: float = 1.0, seed: int = 0
+    folder: Path,
+    *,
+    d_model: int,
+    width: int,
+    layer: int,
+    scale: float = 1.0,
+    seed: int = 0,
+    gain: float = 1.0,
 ) -> Path:
-    """A random JumpReLU SAE as SAELens saves it; about a tenth of the features fire."""
+    """A random JumpReLU SAE as SAELens saves it; about a tenth of the features fire.
+
+    `gain`: w_enc · d of every feature.
+    """
     folder.mkdir(parents=True)
     generator = torch.Generator().manual_seed(seed)
     w_dec = torch.nn.functional.normalize(torch.randn(width, d_model, generator=generator), dim=1)
     tensors = {
-        "W_enc": w_dec.T.contiguous(),
+        "W_enc": gain * w_dec.T.contiguous(),
         "W_dec": w_dec,
         "b_enc": torch.randn(width, generator=generator) * 0.1 * scale,
         "b_dec": torch.randn(d_model, generator=generator) * 0.1 * scale,

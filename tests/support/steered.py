@@ -73,14 +73,14 @@ class SteeredReference:
             change = (value * self.directions[edit["direction"]]).expand_as(x).clone()
         else:
             sae = self.saes[edit["layer"]]
-            f = sae.encode(x)[..., edit["feature"], None]
+            f, d = sae.encode(x)[..., edit["feature"], None], sae.W_dec[edit["feature"]]
             amount = {
                 "add": lambda: torch.full_like(f, value),
                 "clamp": lambda: value - f,
                 "scale": lambda: (value - 1) * f,
-                "ablate": lambda: -f,
+                "ablate": lambda: -f / min(1.0, float(sae.W_enc[:, edit["feature"]] @ d)),
             }[edit["op"]]()
-            change = amount * sae.W_dec[edit["feature"]]
+            change = amount * d
         where = edit.get("positions", "all")
         if where == "prompt":
             change[:, prompt:] = 0

@@ -17,22 +17,22 @@ from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.request import Request
 
 from neuroscope_vllm.core import wire
-from neuroscope_vllm.core.steering.asked import Asked
 from neuroscope_vllm.core.steering.catalogue import Catalogue, Operator, Site
 from neuroscope_vllm.core.steering.settle import settle
+from neuroscope_vllm.core.steering.spec import SteeringSpec
 from neuroscope_vllm.engine.vllm.ids import STEERING
 from neuroscope_vllm.engine.vllm.live_steering import LiveSteering, carried, carry
 from neuroscope_vllm.engine.vllm.prefix_salt import salt_whole, salting
 
 BLOCK = 16
 PROMPT = list(range(5 * BLOCK))
-ABLATE = msgspec.convert({"steer": [{"op": "ablate", "feature": 1}]}, Asked)
+ABLATE = msgspec.convert({"steer": [{"op": "ablate", "feature": 1}]}, SteeringSpec)
 WHEN = {"feature": 2, "above": 1}
 WATCH = {"when": WHEN, "tag": "seen", "name": "watch"}
-SITE = Site("sae", np.ones(8, np.float32), None, None, gates=True)
+SITE = Site("sae", np.ones(8, np.float32), np.ones(8, np.float32), None, None, gates=True)
 
 
-def request(name: str, asked: Asked | None = None, prompt: list[int] = PROMPT) -> Request:
+def request(name: str, asked: SteeringSpec | None = None, prompt: list[int] = PROMPT) -> Request:
     init_none_hash(sha256)
     steering = settle(asked, Catalogue({20: SITE})) if asked else None
     params = SamplingParams(max_tokens=50)
@@ -56,7 +56,7 @@ class Core:
         )  # type: ignore[arg-type]
         self.live._catalogue = Catalogue({20: SITE}, operator or Operator())
 
-    def ask(self, name: str, asked: Asked | None) -> None:
+    def ask(self, name: str, asked: SteeringSpec | None) -> None:
         self.live.command(wire.encode(wire.Steer("c", name, asked)))
 
     def apply_until(self, done: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
@@ -92,7 +92,7 @@ def test_blocks_from_the_change_on_are_nobody_elses() -> None:
 def test_one_that_is_preempted_after_a_change_shares_nothing() -> None:
     """It runs its first tokens again under what was asked for later."""
     generated = msgspec.convert(
-        {"steer": [{"op": "add", "feature": 1, "value": 2, "positions": "generated"}]}, Asked
+        {"steer": [{"op": "add", "feature": 1, "value": 2, "positions": "generated"}]}, SteeringSpec
     )
     for before, after in ((None, ABLATE), (ABLATE, None), (generated, None)):
         mine, alike, other = request("mine", before), request("alike", before), request("other")
@@ -119,7 +119,7 @@ def test_an_answer_is_no_prompt_of_the_next(positions: str) -> None:
     """What an answer ran under is what it would run under as part of a prompt only where all
     positions are steered alike."""
     edit = {"op": "add", "feature": 1, "value": 2, "positions": positions}
-    asked = msgspec.convert({"steer": [edit]}, Asked)
+    asked = msgspec.convert({"steer": [edit]}, SteeringSpec)
     prompt, answer = PROMPT[: 2 * BLOCK], list(range(500, 500 + 3 * BLOCK))
     first = request("first", asked, prompt)
     for token in answer:
@@ -141,7 +141,7 @@ def test_an_answer_is_no_prompt_of_the_next(positions: str) -> None:
 def test_a_salt_is_not_lost_with_a_second() -> None:
     """A prompt shorter than a block has no hash yet when the change comes."""
     asked = msgspec.convert(
-        {"steer": [{"op": "add", "feature": 1, "value": 2, "positions": "generated"}]}, Asked
+        {"steer": [{"op": "add", "feature": 1, "value": 2, "positions": "generated"}]}, SteeringSpec
     )
     mine, alike = request("mine", asked, PROMPT[:5]), request("alike", None, PROMPT[:5])
     mine.num_computed_tokens = 3 * BLOCK
@@ -173,7 +173,7 @@ def test_the_operators_rules_stay() -> None:
 )
 def test_what_can_not_be_done_is_answered(asked: dict[str, Any], why: str) -> None:
     core = Core(request("mine"))
-    core.ask("mine", msgspec.convert(asked, Asked))
+    core.ask("mine", msgspec.convert(asked, SteeringSpec))
     answer = core.answers.get(timeout=10)
     assert answer.status == 400
     assert answer.error is not None

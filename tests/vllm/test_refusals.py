@@ -101,6 +101,21 @@ def test_pickle_in_the_sae(refuse: Any, tmp_path: Path) -> None:
     refuse({"sae": str(folder), "layer": 20}, "pickle")
 
 
+def test_presets_where_kv_blocks_are_found_by_tokens(
+    refuse: Any, tiny_sae: Path, tmp_path: Path
+) -> None:
+    from vllm.config import KVTransferConfig
+
+    operator = tmp_path / "steering.yaml"
+    operator.write_text("presets: {calm: [{op: add, feature: 3, value: 1}]}")
+    transfer = KVTransferConfig(kv_connector="ExampleConnector", kv_role="kv_both")
+    refuse(
+        {"sae": str(tiny_sae), "steering": str(operator)},
+        "steering file: steer: .* through ExampleConnector, .* serve without --kv-transfer-config",
+        kv_transfer_config=transfer,
+    )
+
+
 def test_offline_engine_without_a_hub(refuse: Any, tiny_sae: Path) -> None:
     refuse({"sae": str(tiny_sae), "hub": None}, "no hub")
 

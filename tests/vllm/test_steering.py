@@ -29,7 +29,7 @@ FLAGS = (*SMALL, "--enforce-eager", "--max-num-batched-tokens", "48", "--block-s
 @pytest.fixture(scope="module")
 def early_sae(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("early") / "layer_5"
-    return models.write_saelens_sae(folder, d_model=64, width=256, layer=5, seed=5)
+    return models.write_saelens_sae(folder, d_model=64, width=256, layer=5, seed=5, gain=0.6)
 
 
 @pytest.fixture(scope="module")
@@ -175,6 +175,27 @@ def test_the_stream_says_what_was_edited(
                 assert one[name] == pytest.approx(float(expected), rel=1e-3, abs=2e-3)
                 compared += 1
     assert compared > 40
+
+
+def test_an_ablated_feature_is_not_active_any_more(
+    served: Served, firing: dict[int, list[int]]
+) -> None:
+    """Though the early SAE's encoder reads only six tenths of its own decoder vector."""
+    for layer in (5, 20):
+        edit = {"op": "ablate", "layer": layer, "feature": firing[layer][0]}
+        name = f"ablated-{layer}"
+        ask(served, PROMPT, {"steer": [edit]}, request_id=name)
+        (trace,) = served.trace(f"cmpl-{name}")
+        read = [one for event in trace["events"] for one in event.get("steered", ())]
+        assert {one["index"] for one in read} == {edit["feature"]}
+        assert max(one["before"] for one in read) > 1
+        assert all(one["after"] == 0 for one in read)
+        assert not any(
+            feature["index"] == edit["feature"]
+            for event in trace["events"]
+            if event.get("layer") == layer
+            for feature in event.get("top_features") or ()
+        )
 
 
 def test_what_the_features_are_is_what_the_layers_above_get(
@@ -332,9 +353,10 @@ def test_a_running_request_is_steered_otherwise(
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(ask, served, prompt, count=700, request_id="turned")
         deadline = time.monotonic() + 60
-        while (answer := steer(served, "cmpl-turned", {"steer": [edit]})).status_code == 404:
+        while '"token_index":0' not in httpx.get(f"{served.features}/v1/requests/cmpl-turned").text:
             assert time.monotonic() < deadline
             time.sleep(0.05)
+        answer = steer(served, "cmpl-turned", {"steer": [edit]})
         assert answer.status_code == 200, answer.text
         refused = steer(served, "cmpl-turned", {"steer": [{**edit, "feature": 512}]})
         # The operator's file is that of the start, here as for requests that come.

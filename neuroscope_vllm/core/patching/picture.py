@@ -7,9 +7,9 @@ import warnings
 from textwrap import fill, shorten
 from typing import Any
 
-from neuroscope_vllm.core.errors import ConfigError
 from neuroscope_vllm.core.patching.heat import ALL, about, column_name, row_name, title
 from neuroscope_vllm.core.patching.record import Patching
+from neuroscope_vllm.core.pictures import check_pictures
 
 COLOURS = "RdBu_r"
 DOTS_PER_INCH = 150
@@ -21,17 +21,6 @@ LETTERS = 15
 """Of the heading, an inch."""
 MAX_LETTERS = 400
 """Of a prompt in the heading."""
-
-
-def check_pictures() -> None:
-    """Raises ConfigError: matplotlib is not installed."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise ConfigError(
-            "pictures need matplotlib, which is not installed; pip install"
-            " 'neuroscope-vllm[plots]', or write .html or .json."
-        ) from None
 
 
 def picture(record: Patching, form: str) -> bytes:

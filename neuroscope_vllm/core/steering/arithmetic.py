@@ -9,6 +9,9 @@ from torch import Tensor
 
 from neuroscope_vllm.core.sae.sae import SAE, normalise_rows, row_norm
 
+_FEATURES_AT_ONCE = 8192
+"""Their vectors are multiplied number by number, which takes a copy."""
+
 
 class Vector(NamedTuple):
     """What a slot reads and writes, float32 on the CPU.
@@ -35,6 +38,25 @@ def feature_vector(sae: SAE, feature: int) -> Vector:
         max(float(sae.threshold[feature]), 0.0),
         float(sae.info.input_norm is not None),
     )
+
+
+def gains(sae: SAE) -> Tensor:
+    """float32 [width] on the CPU: w_enc · d of each feature, how much of what is added along its
+    decoder vector its encoder reads. 1 where they are tied; trained ones read less."""
+    blocks = zip(
+        sae.W_enc.split(_FEATURES_AT_ONCE, 1), sae.W_dec.split(_FEATURES_AT_ONCE), strict=True
+    )
+    return torch.cat(
+        [torch.linalg.vecdot(enc.t().float(), dec.float()).cpu() for enc, dec in blocks]
+    )
+
+
+def ablating(gain: float) -> float:
+    """How many times f has to be taken away along d until the encoder reads 0 of a raw residual.
+
+    Never less than once, which takes the feature out of the SAE's reconstruction.
+    """
+    return max(1.0, 1.0 / gain)
 
 
 def direction_vector(direction: Tensor) -> Vector:

@@ -25,7 +25,8 @@ from neuroscope_vllm.core.calibration import Calibration
 from neuroscope_vllm.core.config import read_yaml
 from neuroscope_vllm.core.errors import ConfigError
 from neuroscope_vllm.core.sae.sae import SAE
-from neuroscope_vllm.core.steering.asked import Edit, Rule
+from neuroscope_vllm.core.steering.arithmetic import gains
+from neuroscope_vllm.core.steering.spec import Edit, Rule
 
 
 class Direction(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -88,7 +89,7 @@ class Operator(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         path = Path(file)
         known = [field.name for field in msgspec.structs.fields(cls)]
         try:
-            read = msgspec.convert(read_yaml(path, known), cls)
+            read = msgspec.convert(read_yaml(path, known, "steering file"), cls)
         except msgspec.ValidationError as error:
             raise ConfigError(f"steering file {path}: {error}.") from None
         for name in ("warn_dose", "max_dose"):
@@ -109,6 +110,7 @@ class Site(msgspec.Struct, frozen=True):
         source: As the user gave it.
         norm: float32 [width], of what a feature of activation 1 adds to a row: of W_dec's rows,
             times a row's usual scale where rows are normalised one by one.
+        gain: float32 [width], see `arithmetic.gains`.
         maximum: float32 [width], calibrated; None without a calibration.
         median_norm: Of residuals; None without a calibration.
         gates: Whether f of one feature depends on that feature alone, which a top-k SAE's does not.
@@ -116,6 +118,7 @@ class Site(msgspec.Struct, frozen=True):
 
     source: str
     norm: NDArray[np.float32]
+    gain: NDArray[np.float32]
     maximum: NDArray[np.float32] | None
     median_norm: float | None
     gates: bool
@@ -128,6 +131,7 @@ class Site(msgspec.Struct, frozen=True):
         return cls(
             source=sae.info.source,
             norm=norm.numpy(),
+            gain=gains(sae).numpy(),
             maximum=calibration.maximum.numpy() if calibration else None,
             median_norm=(calibration.median_norm or None) if calibration else None,
             gates=sae.info.k is None,
@@ -141,6 +145,8 @@ class Catalogue(msgspec.Struct, frozen=True):
     norms: Of the operator's directions, by name.
     staged: Whether layers may lie in different processes, which do not see each other's conditions.
     drafts: Whether tokens run that may be rejected, and meet conditions before they are.
+    kv_store: What keeps keys and values by their tokens alone, so that what is computed under an
+        edit would reach others; None: nothing does.
     """
 
     sites: dict[int, Site]
@@ -148,6 +154,7 @@ class Catalogue(msgspec.Struct, frozen=True):
     norms: dict[str, float] = {}
     staged: bool = False
     drafts: bool = False
+    kv_store: str | None = None
 
     @classmethod
     def build(
@@ -158,6 +165,7 @@ class Catalogue(msgspec.Struct, frozen=True):
         d_model: int,
         staged: bool = False,
         drafts: bool = False,
+        kv_store: str | None = None,
     ) -> Catalogue:
         """Raises ConfigError if a direction does not fit the model."""
         norms = {}
@@ -174,4 +182,4 @@ class Catalogue(msgspec.Struct, frozen=True):
                     f" {', '.join(map(str, sorted(sites)))}; serve an SAE of that layer too."
                 )
             norms[name] = float(torch.linalg.vector_norm(vector))
-        return cls(sites, operator, norms, staged, drafts)
+        return cls(sites, operator, norms, staged, drafts, kv_store)

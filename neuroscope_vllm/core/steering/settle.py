@@ -10,7 +10,7 @@ from collections.abc import Iterable
 import msgspec
 import numpy as np
 
-from neuroscope_vllm.core.steering.asked import Asked, Condition, Edit, Rule
+from neuroscope_vllm.core.steering.arithmetic import ablating
 from neuroscope_vllm.core.steering.catalogue import Catalogue, Site
 from neuroscope_vllm.core.steering.settled import (
     MAX_RULES,
@@ -20,23 +20,24 @@ from neuroscope_vllm.core.steering.settled import (
     Slot,
     Steering,
 )
+from neuroscope_vllm.core.steering.spec import Condition, Edit, Rule, SteeringSpec
 
 MAX_VALUE = 1e6
 """Beyond, float16 overflows whatever the vector."""
 MAX_NAME = 64
 
 
-class Refused(ValueError):
+class SteeringRefused(ValueError):
     """One sentence: the field, why not, and what to do instead."""
 
 
-def settle(asked: Asked, catalogue: Catalogue) -> Steering | None:
+def settle(asked: SteeringSpec, catalogue: Catalogue) -> Steering | None:
     """What a request's edits and rules, its presets and the operator's rules come to.
 
     None: nothing at all.
 
     Raises:
-        Refused: Something asked for can not be done.
+        SteeringRefused: Something asked for can not be done.
     """
     return _Settling(catalogue).all_of(asked)
 
@@ -48,11 +49,11 @@ class _Settling:
         self._rules: list[SettledRule] = []
         self._dose: defaultdict[int, float] = defaultdict(float)
 
-    def all_of(self, asked: Asked) -> Steering | None:
+    def all_of(self, asked: SteeringSpec) -> Steering | None:
         room = MAX_SLOTS * len(self._catalogue.sites)
         for field, given in (("steer", asked.steer), ("preset", asked.preset)):
             if not isinstance(given, str) and len(given) > room:
-                raise Refused(
+                raise SteeringRefused(
                     f"{field}: {len(given)} are more than {room}, for which there is room."
                 )
         for i, edit in enumerate(asked.steer):
@@ -67,6 +68,13 @@ class _Settling:
         if not self._slots:
             return None
         self._check_room()
+        store = self._catalogue.kv_store
+        if store is not None and any(slot.writes for slot in self._slots):
+            raise SteeringRefused(
+                f"steer: this server shares keys and values through {store}, which finds them by"
+                " their tokens alone, so steered ones would reach others; serve without"
+                " --kv-transfer-config to steer."
+            )
         return Steering(
             slots=self._slots,
             rules=self._rules,
@@ -88,24 +96,28 @@ class _Settling:
     def _direction(self, edit: Edit, where: str) -> tuple[Slot, float]:
         known = self._catalogue.operator.directions
         if edit.feature is not None:
-            raise Refused(
+            raise SteeringRefused(
                 f"{where}.feature: op direction adds no feature; use op add, or leave it out."
             )
         if edit.direction not in known:
-            raise Refused(f"{where}.direction: {_unknown(edit.direction, known, 'direction')}")
+            raise SteeringRefused(
+                f"{where}.direction: {_unknown(edit.direction, known, 'direction')}"
+            )
         layer = known[edit.direction].layer
         if edit.layer not in (None, layer):
-            raise Refused(f"{where}.layer: direction {edit.direction} is of layer {layer}.")
+            raise SteeringRefused(f"{where}.layer: direction {edit.direction} is of layer {layer}.")
         if edit.unit != "raw":
-            raise Refused(f"{where}.unit: a direction has no calibrated maximum; use raw.")
+            raise SteeringRefused(f"{where}.unit: a direction has no calibrated maximum; use raw.")
         value = _value(edit.value, where)
-        slot = Slot(layer=layer, direction=edit.direction, constant=value)
+        slot = Slot(layer=layer, direction=edit.direction, op=edit.op, constant=value)
         return slot, abs(value) * self._catalogue.norms[edit.direction]
 
     def _feature_edit(self, edit: Edit, where: str) -> tuple[Slot, float | None]:
         """The slot, and the largest norm of its change, if it is known."""
         if edit.direction is not None:
-            raise Refused(f"{where}.direction: only op direction takes one; this is {edit.op}.")
+            raise SteeringRefused(
+                f"{where}.direction: only op direction takes one; this is {edit.op}."
+            )
         layer, site = self._site(edit.layer, where)
         feature = _feature(edit.feature, site, where)
         if edit.op != "add":
@@ -115,13 +127,20 @@ class _Settling:
         per_activation, constant = 0.0, 0.0
         if edit.op == "ablate":
             if edit.value is not None:
-                raise Refused(f"{where}.value: ablate takes none; use clamp to set a value.")
+                raise SteeringRefused(
+                    f"{where}.value: ablate takes none; use clamp to set a value."
+                )
             if edit.unit != "raw":
-                raise Refused(f"{where}.unit: ablate has no value; leave it out.")
-            per_activation, largest = -1.0, 0.0  # it takes away no more than was there
+                raise SteeringRefused(f"{where}.unit: ablate has no value; leave it out.")
+            times = _ablating(float(site.gain[feature]), feature, where)
+            per_activation = -times
+            # The first time takes away what was there.
+            largest = None if strongest is None else (times - 1) * strongest
+            if times == 1:
+                largest = 0.0
         elif edit.op == "scale":
             if edit.unit != "raw":
-                raise Refused(f"{where}.unit: scale is a ratio; leave it out.")
+                raise SteeringRefused(f"{where}.unit: scale is a ratio; leave it out.")
             per_activation = _value(edit.value, where) - 1.0
             largest = None if strongest is None else abs(per_activation) * strongest
             if per_activation <= 0 and edit.value is not None and edit.value >= 0:
@@ -132,18 +151,26 @@ class _Settling:
             largest = abs(constant)
             if edit.op == "clamp" and strongest is not None:  # from 0, or from its maximum
                 largest = max(largest, abs(constant - strongest))
-        slot = Slot(layer=layer, feature=feature, per_activation=per_activation, constant=constant)
+        slot = Slot(
+            layer=layer,
+            feature=feature,
+            op=edit.op,
+            per_activation=per_activation,
+            constant=constant,
+        )
         return slot, None if largest is None else largest * norm
 
     def _rule(self, rule: Rule, where: str) -> None:
         if not (rule.steer or rule.stop or rule.tag):
-            raise Refused(f"{where}: it does nothing; give it steer, stop or tag.")
+            raise SteeringRefused(f"{where}: it does nothing; give it steer, stop or tag.")
         for field, text in (("tag", rule.tag), ("name", rule.name)):
             if text is not None and not 0 < len(text) <= MAX_NAME:
-                raise Refused(f"{where}.{field}: give 1 to {MAX_NAME} characters.")
+                raise SteeringRefused(f"{where}.{field}: give 1 to {MAX_NAME} characters.")
         number = len(self._rules)
         if number == MAX_RULES:
-            raise Refused(f"rules: a request may have {MAX_RULES}, the operator's among them.")
+            raise SteeringRefused(
+                f"rules: a request may have {MAX_RULES}, the operator's among them."
+            )
         self._slots.append(self._condition(rule.when, number, f"{where}.when"))
         name = rule.name or f"{self._slots[-1].layer}:{self._slots[-1].feature}"
         self._rules.append(
@@ -151,12 +178,14 @@ class _Settling:
         )
         for i, edit in enumerate(rule.steer):
             if edit.positions == "prompt":
-                raise Refused(f"{where}.steer[{i}].positions: rules steer generated tokens only.")
+                raise SteeringRefused(
+                    f"{where}.steer[{i}].positions: rules steer generated tokens only."
+                )
             self._edit(edit, f"{where}.steer[{i}]", gate=number)
         if self._catalogue.staged:
             self._check_stages(rule, where, number)
         if self._catalogue.drafts and (rule.steer or rule.stop):
-            raise Refused(
+            raise SteeringRefused(
                 f"{where}: under speculative decoding a draft that is rejected may meet the"
                 " condition, so a rule can only tag; serve without it to steer or stop."
             )
@@ -164,7 +193,7 @@ class _Settling:
     def _check_stages(self, rule: Rule, where: str, number: int) -> None:
         layers = {slot.layer for slot in self._slots if number in (slot.gate, slot.meets)}
         if rule.stop or len(layers) > 1:
-            raise Refused(
+            raise SteeringRefused(
                 f"{where}: under pipeline parallelism a rule can not stop, nor steer another layer"
                 " than that of its condition; leave that out, or serve with tensor parallelism."
             )
@@ -174,7 +203,9 @@ class _Settling:
         feature = _feature(when.feature, site, where)
         _check_gates(site, f"{where}.feature", "a condition")
         if not 1 <= when.last <= 1 << 20:
-            raise Refused(f"{where}.last: {when.last} is no number of tokens; give 1 or more.")
+            raise SteeringRefused(
+                f"{where}.last: {when.last} is no number of tokens; give 1 or more."
+            )
         above = _in_unit(_value(when.above, where, "above"), when.unit, site, feature, where)
         return Slot(
             layer=layer, feature=feature, positions=when.positions, meets=number, above=above
@@ -183,17 +214,17 @@ class _Settling:
     def _preset(self, name: str) -> list[Edit]:
         known = self._catalogue.operator.presets
         if name not in known:
-            raise Refused(f"preset: {_unknown(name, known, 'preset')}")
+            raise SteeringRefused(f"preset: {_unknown(name, known, 'preset')}")
         return known[name]
 
     def _site(self, layer: int | None, where: str) -> tuple[int, Site]:
         sites = self._catalogue.sites
         if layer is None:
             if len(sites) > 1:
-                raise Refused(f"{where}.layer: say which of {_layers(sites)}.")
+                raise SteeringRefused(f"{where}.layer: say which of {_layers(sites)}.")
             layer = next(iter(sites))
         if layer not in sites:
-            raise Refused(
+            raise SteeringRefused(
                 f"{where}.layer: no SAE of layer {layer} is served; there is {_layers(sites)}."
             )
         return layer, sites[layer]
@@ -201,7 +232,7 @@ class _Settling:
     def _check_room(self) -> None:
         layer, count = Counter(slot.layer for slot in self._slots).most_common(1)[0]
         if count > MAX_SLOTS:
-            raise Refused(
+            raise SteeringRefused(
                 f"steer: {count} edits and conditions on layer {layer}; a request may have"
                 f" {MAX_SLOTS} on a layer, presets and the operator's rules among them."
             )
@@ -213,7 +244,7 @@ class _Settling:
                 f"steering changes layer {layer} by up to {dose:.1f} of the usual residual's norm"
             )
             if dose > operator.max_dose:
-                raise Refused(
+                raise SteeringRefused(
                     f"steer: {size}, and the limit is {operator.max_dose:g}; give smaller values."
                 )
             if dose > operator.warn_dose:
@@ -223,9 +254,9 @@ class _Settling:
 
 def _feature(feature: int | None, site: Site, where: str) -> int:
     if feature is None:
-        raise Refused(f"{where}.feature: name one, 0 to {len(site.norm) - 1}.")
+        raise SteeringRefused(f"{where}.feature: name one, 0 to {len(site.norm) - 1}.")
     if not 0 <= feature < len(site.norm):
-        raise Refused(
+        raise SteeringRefused(
             f"{where}.feature: {feature} does not exist; SAE {site.source} has features 0 to"
             f" {len(site.norm) - 1}."
         )
@@ -234,23 +265,35 @@ def _feature(feature: int | None, site: Site, where: str) -> int:
 
 def _value(value: float | None, where: str, field: str = "value") -> float:
     if value is None:
-        raise Refused(f"{where}.{field}: give a number.")
+        raise SteeringRefused(f"{where}.{field}: give a number.")
     if not math.isfinite(value) or abs(value) > MAX_VALUE:
-        raise Refused(f"{where}.{field}: {value:g} is out of range; give at most {MAX_VALUE:g}.")
+        raise SteeringRefused(
+            f"{where}.{field}: {value:g} is out of range; give at most {MAX_VALUE:g}."
+        )
     return float(value)
+
+
+def _ablating(gain: float, feature: int, where: str) -> float:
+    if gain <= 0:
+        raise SteeringRefused(
+            f"{where}.op: the encoder of feature {feature} does not read its own decoder vector"
+            f" (w_enc · d = {gain:.2g}), so nothing along it makes the activation 0; use clamp with"
+            " value 0 to take out its part in the SAE's reconstruction."
+        )
+    return ablating(gain)
 
 
 def _in_unit(value: float, unit: str, site: Site, feature: int, where: str) -> float:
     if unit == "raw":
         return value
     if site.maximum is None:
-        raise Refused(
+        raise SteeringRefused(
             f"{where}.unit: SAE {site.source} has no calibration, so no maximum is known; use raw,"
             " or make one with `neuroscope calibrate`."
         )
     strongest = float(site.maximum[feature])
     if strongest <= 0:
-        raise Refused(
+        raise SteeringRefused(
             f"{where}.unit: feature {feature} never fired while it was calibrated; use raw."
         )
     return float(np.clip(value * strongest, -MAX_VALUE, MAX_VALUE))
@@ -258,7 +301,7 @@ def _in_unit(value: float, unit: str, site: Site, feature: int, where: str) -> f
 
 def _check_gates(site: Site, where: str, what: str) -> None:
     if not site.gates:
-        raise Refused(
+        raise SteeringRefused(
             f"{where}: SAE {site.source} keeps the k largest features of a token, so one feature's"
             f" activation depends on all others and {what} can not be done exactly; use op add."
         )

@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from neuroscope_vllm.core.steering.asked import Positions
+from neuroscope_vllm.core.steering.spec import Op, Positions
 
 MAX_SLOTS = 8
 """Edits and conditions of a request on one layer."""
@@ -24,6 +24,7 @@ class Slot(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         layer: Zero-indexed decoder layer.
         feature: Whose f and d; None: `direction` names d, and f is 0.
         direction: Name in the operator's file.
+        op: As it was asked; None where f is only read.
         per_activation, constant: What is done; both 0 where a rule's condition only reads f.
         positions: Of which tokens.
         gate: Number of the rule that must be met; NO_RULE: always.
@@ -34,6 +35,7 @@ class Slot(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     layer: int
     feature: int | None = None
     direction: str | None = None
+    op: Op | None = None
     per_activation: float = 0.0
     constant: float = 0.0
     positions: Positions = "all"
@@ -125,27 +127,17 @@ class Steering(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 def _edit(slot: Slot, rules: list[SettledRule]) -> dict[str, Any]:
-    found: dict[str, Any] = {"op": _op(slot), "layer": slot.layer}
+    found: dict[str, Any] = {"op": slot.op, "layer": slot.layer}
     if slot.feature is not None:
         found["feature"] = slot.feature
     else:
         found["direction"] = slot.direction
-    if found["op"] != "ablate":
-        found["value"] = 1 + slot.per_activation if found["op"] == "scale" else slot.constant
+    if slot.op != "ablate":
+        found["value"] = 1 + slot.per_activation if slot.op == "scale" else slot.constant
     found["positions"] = slot.positions
     if slot.gate != NO_RULE:
         found["rule"] = rules[slot.gate].name
     return found
-
-
-def _op(slot: Slot) -> str:
-    if slot.feature is None:
-        return "direction"
-    if slot.per_activation == 0:
-        return "add"
-    if slot.constant:
-        return "clamp"
-    return "ablate" if slot.per_activation == -1 else "scale"
 
 
 def from_dict(given: Any) -> Steering:

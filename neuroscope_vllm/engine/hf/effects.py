@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from neuroscope_vllm.core.calibration import SINK_MULTIPLE
 from neuroscope_vllm.core.causal.pair import Pair
 from neuroscope_vllm.core.errors import ConfigError
 from neuroscope_vllm.core.sae.info import check_fits
 from neuroscope_vllm.core.sae.sparse import encode_sparse
+from neuroscope_vllm.engine.hf.hooks import at_layer
 from neuroscope_vllm.engine.hf.oracle import decoder_layers, load_whole
 from neuroscope_vllm.engine.protocol import Chunk
 
@@ -147,26 +148,15 @@ class FeatureAblator:
         """
         found: list[Tensor] = []
 
-        def edit(module: nn.Module, args: Any, output: Any) -> Any:
-            hidden = output if isinstance(output, Tensor) else output[0]
+        def edit(hidden: Tensor) -> Tensor | None:
             found.append(hidden[0].float())
-            if removed is None:
-                return None
-            new = hidden - removed
-            return new if isinstance(output, Tensor) else (new, *output[1:])
+            return None if removed is None else hidden - removed
 
-        def keep(module: nn.Module, args: Any, output: Any) -> None:
-            found.append((output if isinstance(output, Tensor) else output[0]).float())
+        def keep(hidden: Tensor) -> None:
+            found.append(hidden.float())
 
-        handles = [
-            self._lower.register_forward_hook(edit),
-            self._upper.register_forward_hook(keep),
-        ]
-        try:
+        with at_layer(self._lower, edit), at_layer(self._upper, keep):
             self._decoder(input_ids=ids, use_cache=False)
-        finally:
-            for handle in handles:
-                handle.remove()
         return found[0], found[1]
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from neuroscope_vllm.core.request import KEY, request_options
 from neuroscope_vllm.core.steering.catalogue import Catalogue
-from neuroscope_vllm.core.steering.settle import Refused, settle
+from neuroscope_vllm.core.steering.settle import SteeringRefused, settle
 from neuroscope_vllm.engine.vllm.ids import CHOICES, PATCHING, STEERING
 
 _OURS = (CHOICES, STEERING, PATCHING)
@@ -49,7 +49,7 @@ def admit(params: Any) -> None:
     if _catalogues:
         try:
             steering = settle(options, _catalogues[0])
-        except Refused as refusal:
+        except SteeringRefused as refusal:
             raise ValueError(f"vllm_xargs.{KEY}.{refusal}") from None
         if steering is not None:
             noted[STEERING] = steering.to_dict()

@@ -19,10 +19,10 @@ from vllm.config import VllmConfig
 
 from neuroscope_vllm.core import wire
 from neuroscope_vllm.core.errors import NeuroscopeError
-from neuroscope_vllm.core.steering.asked import Asked
 from neuroscope_vllm.core.steering.catalogue import Catalogue
-from neuroscope_vllm.core.steering.settle import Refused, settle
+from neuroscope_vllm.core.steering.settle import SteeringRefused, settle
 from neuroscope_vllm.core.steering.settled import Steering, from_dict
+from neuroscope_vllm.core.steering.spec import SteeringSpec
 from neuroscope_vllm.engine.vllm import steer_catalogue
 from neuroscope_vllm.engine.vllm.prefix_salt import salt_from
 
@@ -138,9 +138,9 @@ class LiveSteering:
             if self._catalogue is None:
                 self._catalogue = steer_catalogue.build_again(self._vllm_config)
             # Without edits the operator's rules are still everybody's.
-            steering = settle(command.asked or Asked(), self._catalogue)
+            steering = settle(command.asked or SteeringSpec(), self._catalogue)
             _check_in_time(command.asked, self._catalogue)
-        except Refused as refusal:
+        except SteeringRefused as refusal:
             self._refuse(change, 400, str(refusal))
             return
         except (NeuroscopeError, OSError) as error:  # a file is not what it was at the start
@@ -165,12 +165,14 @@ class LiveSteering:
         )
 
 
-def _check_in_time(asked: Asked | None, catalogue: Catalogue) -> None:
-    """Raises Refused if a request's own edits or conditions are of its prompt."""
+def _check_in_time(asked: SteeringSpec | None, catalogue: Catalogue) -> None:
+    """Raises SteeringRefused if a request's own edits or conditions are of its prompt."""
     rest = msgspec.structs.replace(catalogue.operator, rules=[])
-    own = settle(asked or Asked(), msgspec.structs.replace(catalogue, operator=rest))
+    own = settle(asked or SteeringSpec(), msgspec.structs.replace(catalogue, operator=rest))
     if own is not None and any(slot.positions == "prompt" for slot in own.slots):
-        raise Refused("positions: the prompt of a running request has run; use generated or all.")
+        raise SteeringRefused(
+            "positions: the prompt of a running request has run; use generated or all."
+        )
 
 
 def carry(scheduler_output: Any, changes: dict[str, Any]) -> None:

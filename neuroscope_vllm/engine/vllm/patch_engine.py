@@ -28,7 +28,7 @@ from neuroscope_vllm.engine.vllm.engine import (
 )
 from neuroscope_vllm.engine.vllm.ids import PATCHING
 from neuroscope_vllm.engine.vllm.models import SERVED
-from neuroscope_vllm.engine.vllm.patching import TAKE_RPC, Patching, reading, replacing
+from neuroscope_vllm.engine.vllm.patching import TAKE_RPC, PatchSpec, reading, replacing
 
 STEP_TOKENS = 2048
 """Rows of a step, unless flags say otherwise: what is kept and replaced of each layer takes two
@@ -111,7 +111,7 @@ class VLLMPatchEngine:
         self._llm.llm_engine.engine_core.shutdown()
 
     def _run(
-        self, sequences: Chunk, wanted: Sequence[Patching], tokens: Sequence[int] = ()
+        self, sequences: Chunk, wanted: Sequence[PatchSpec], tokens: Sequence[int] = ()
     ) -> list[Any]:
         prompts = [TokensPrompt(prompt_token_ids=list(sequence)) for sequence in sequences]
         params = [

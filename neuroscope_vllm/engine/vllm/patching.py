@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 TAKE_RPC = "neuroscope_take_residuals"
 
 
-class Patching(TypedDict):
+class PatchSpec(TypedDict):
     """What is done in a request.
 
     Attributes:
@@ -48,11 +48,11 @@ class Part(TypedDict):
     rows: bytes
 
 
-def reading(number: int, layers: Sequence[int]) -> Patching:
-    return Patching(number=number, read=list(layers), edits=[], salts=())
+def reading(number: int, layers: Sequence[int]) -> PatchSpec:
+    return PatchSpec(number=number, read=list(layers), edits=[], salts=())
 
 
-def replacing(edits: Sequence[Replacement]) -> Patching:
+def replacing(edits: Sequence[Replacement]) -> PatchSpec:
     """Requests with the same edits share what they compute; up to the first, all do."""
     own = [
         (edit.layer, edit.position, edit.residual.float().numpy().tobytes())
@@ -63,10 +63,10 @@ def replacing(edits: Sequence[Replacement]) -> Patching:
         salt.update(f"{layer} {position} ".encode() + residual)
     first = min((position for _, position, _ in own), default=None)
     salts = () if first is None else ((first, salt.digest()),)
-    return Patching(number=-1, read=[], edits=own, salts=salts)
+    return PatchSpec(number=-1, read=[], edits=own, salts=salts)
 
 
-def patching_of(params: Any) -> Patching | None:
+def patching_of(params: Any) -> PatchSpec | None:
     """What `patch_engine` left in SamplingParams."""
     return (params.extra_args or {}).get(PATCHING) if params is not None else None
 
@@ -76,7 +76,7 @@ class Patcher:
 
     def __init__(self, hook: ActivationHook, reads: bool) -> None:
         self._hook, self._reads = hook, reads
-        self._requests: dict[str, Patching] = {}
+        self._requests: dict[str, PatchSpec] = {}
         self._parts: list[Part] = []
 
     def starting(self, scheduler_output: Any) -> None:
@@ -118,7 +118,7 @@ class Patcher:
         parts, self._parts = self._parts, []
         return parts
 
-    def _running(self, step: StepView) -> Iterator[tuple[Patching, range, int]]:
+    def _running(self, step: StepView) -> Iterator[tuple[PatchSpec, range, int]]:
         """Of each request that is patched: its rows, and the position of the first."""
         for i, request_id in enumerate(step.request_ids):
             request = self._requests.get(request_id)

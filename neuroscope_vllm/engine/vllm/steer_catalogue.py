@@ -7,10 +7,13 @@ from vllm.config import VllmConfig
 from neuroscope_vllm.core.calibration import Calibration
 from neuroscope_vllm.core.errors import ConfigError
 from neuroscope_vllm.core.sae import load_sae
-from neuroscope_vllm.core.steering.asked import Asked
 from neuroscope_vllm.core.steering.catalogue import Catalogue, Operator, Site
-from neuroscope_vllm.core.steering.settle import Refused, settle
+from neuroscope_vllm.core.steering.settle import SteeringRefused, settle
+from neuroscope_vllm.core.steering.spec import SteeringSpec
 from neuroscope_vllm.engine.vllm.settings import worker_settings
+
+_BY_BLOCK_HASH = ("OffloadingConnector", "SimpleCPUOffloadConnector")
+"""KV connectors that ask for blocks by vLLM's own hashes, which `prefix_salt` salts."""
 
 
 def build(sites: dict[int, Site], operator: Operator, vllm_config: VllmConfig) -> Catalogue:
@@ -21,14 +24,21 @@ def build(sites: dict[int, Site], operator: Operator, vllm_config: VllmConfig) -
         d_model=vllm_config.model_config.get_hidden_size(),
         staged=vllm_config.parallel_config.pipeline_parallel_size > 1,
         drafts=vllm_config.speculative_config is not None,
+        kv_store=_kv_store(vllm_config),
     )
     try:
-        settle(Asked(), catalogue)
+        settle(SteeringSpec(), catalogue)
         for name in operator.presets:
-            settle(Asked(preset=name), catalogue)
-    except Refused as refusal:
+            settle(SteeringSpec(preset=name), catalogue)
+    except SteeringRefused as refusal:
         raise ConfigError(f"the operator's steering file: {refusal}") from None
     return catalogue
+
+
+def _kv_store(vllm_config: VllmConfig) -> str | None:
+    transfer = vllm_config.kv_transfer_config
+    connector = None if transfer is None else transfer.kv_connector
+    return None if connector in _BY_BLOCK_HASH else connector
 
 
 def build_again(vllm_config: VllmConfig) -> Catalogue:

@@ -89,11 +89,15 @@ class SteerTables(nn.Module):
         numbers = self.get_buffer(f"numbers_{layer}")[:, :slots].index_select(0, entry)
         return _gated(torch.linalg.vecdot(each, reading), numbers)
 
-    def clear_entry(self, entry: int, last: list[int]) -> None:
-        """Nothing is done for it any more; `last` of its next rules."""
+    def rules_met(self, entry: int) -> Tensor:
+        """int32 [MAX_RULES], a copy: see `steer_op`."""
+        return self.get_buffer("met")[entry].clone()
+
+    def clear_entry(self, entry: int, last: list[int], met: Tensor | None = None) -> None:
+        """Nothing is done for it any more; `last` of its next rules, and `rules_met` of them."""
         for layer in self.layers:
             self.get_buffer(f"slots_{layer}")[entry] = 0
-        self.get_buffer("met")[entry] = NEVER
+        self.get_buffer("met")[entry] = NEVER if met is None else met
         if last:
             self.get_buffer("last")[entry, : len(last)] = torch.tensor(last, dtype=torch.int32).to(
                 self.rows.device

@@ -30,13 +30,15 @@ from neuroscope_vllm.engine.vllm.step import StepView
 class Steered:
     """A request that steers."""
 
-    __slots__ = ("entry", "prompt_length", "reported", "steering")
+    __slots__ = ("entry", "met", "prompt_length", "reported", "steering")
 
     def __init__(self, steering: Steering, prompt_length: int, told: Collection[int]) -> None:
         """`told`: layers of which one feature's activation can be told alone."""
         self.steering = steering
         self.prompt_length = prompt_length
         self.entry: int | None = None
+        self.met: torch.Tensor | None = None
+        """What its entry knew of its rules when another request took it."""
         self.reported: dict[int, list[Slot]] = {}
         """By layer, slots of features: readers hear of those."""
         for slot in steering.slots:
@@ -166,9 +168,9 @@ class Steerer:
         entry = next(absent) if entry is None else entry
         before = self._holders[entry]
         if before is not None:
-            before.entry = None
+            before.entry, before.met = None, self._tables.rules_met(entry)
         self._holders[entry], request.entry = request, entry
-        self._tables.clear_entry(entry, [rule.last for rule in request.steering.rules])
+        self._tables.clear_entry(entry, [rule.last for rule in request.steering.rules], request.met)
         for layer in self._tables.layers:
             # Features first: theirs are the columns that are reported.
             slots = sorted(request.steering.of_layer(layer), key=lambda slot: slot.feature is None)

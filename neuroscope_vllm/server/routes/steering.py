@@ -9,7 +9,7 @@ import msgspec
 from fastapi import APIRouter, Request
 
 from neuroscope_vllm.core import wire
-from neuroscope_vllm.core.steering.asked import Asked
+from neuroscope_vllm.core.steering.spec import SteeringSpec
 from neuroscope_vllm.server.errors import ApiError
 from neuroscope_vllm.server.hub import Hub
 
@@ -18,7 +18,7 @@ MAX_BODY = 1 << 16
 router = APIRouter(prefix="/v1/requests", tags=["requests"])
 
 
-class Body(Asked, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class Body(SteeringSpec, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """As in `vllm_xargs.neuroscope`, without what is no steering."""
 
 
@@ -28,9 +28,11 @@ async def change(request: Request, request_id: str) -> dict[str, Any]:
 
     The body is that of `vllm_xargs.neuroscope`: `{"steer": [...], "preset": ..., "rules": [...]}`.
     """
-    content = await request.body()
-    if len(content) > MAX_BODY:
-        raise ApiError(413, f"the body has {len(content)} bytes; {MAX_BODY} are read.")
+    content = bytearray()
+    async for chunk in request.stream():
+        content += chunk
+        if len(content) > MAX_BODY:
+            raise ApiError(413, f"the body has more than {MAX_BODY} bytes; give a smaller one.")
     try:
         asked = msgspec.json.decode(content, type=Body)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
@@ -49,7 +51,7 @@ async def stop(request: Request, request_id: str) -> dict[str, Any]:
     return await _steer(request, request_id, None)
 
 
-async def _steer(request: Request, request_id: str, asked: Asked | None) -> dict[str, Any]:
+async def _steer(request: Request, request_id: str, asked: SteeringSpec | None) -> dict[str, Any]:
     hub: Hub = request.app.state.hub
     running = hub.running(request_id)
     if not running:
@@ -79,7 +81,7 @@ async def _steer(request: Request, request_id: str, asked: Asked | None) -> dict
 
 
 async def _steer_one(
-    hub: Hub, internal_id: str, engine: str, asked: Asked | None
+    hub: Hub, internal_id: str, engine: str, asked: SteeringSpec | None
 ) -> wire.SteeringChanged | ApiError:
     try:
         changed = await hub.commands.steer(internal_id, engine, asked)

@@ -25,7 +25,7 @@ class Edit(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
         add        x + value d
         clamp      x + (value - f) d
         scale      x + (value - 1) f d
-        ablate     x - f d
+        ablate     x - f d / min(1, g), g = w_enc · d: the encoder reads 0 of it afterwards
         direction  x + value v, v a vector from a file that the operator named
 
     Several edits of a layer are of the same x: their order does not matter.
@@ -82,7 +82,7 @@ class Rule(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     name: str | None = None
 
 
-class Asked(msgspec.Struct, frozen=True, kw_only=True):
+class SteeringSpec(msgspec.Struct, frozen=True, kw_only=True):
     """Edits and rules of one request."""
 
     steer: list[Edit] = []
