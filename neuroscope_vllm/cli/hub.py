@@ -50,6 +50,7 @@ def command(model: str, **flags: Any) -> None:
             tokenizer_file=str(tokenizer_file(model)),
             upstream=settings.upstream,
             labels=launch.label_files(settings, _layers(settings)),
+            model_source=model,
         )
     except NeuroscopeError as error:
         raise click.ClickException(str(error)) from None

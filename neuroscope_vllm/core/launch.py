@@ -47,6 +47,8 @@ class SideConfig(msgspec.Struct, frozen=True):
     """vLLM's base URL; None: no pass-through."""
     labels: dict[int, list[str]] = {}
     """Label files by layer, in order of preference."""
+    model_source: str | None = None
+    """The model's folder, or its repository on the hub with @revision; None: not known."""
     parent_pid: int = 0
     listen_fd: int = -1
 
@@ -183,6 +185,7 @@ def launch(
     tokenizer_file: Path | None,
     upstream: str | None,
     labels: dict[int, list[str]],
+    model_source: str | None = None,
 ) -> SideProcess:
     """Start the side process for this front process and everything it spawns.
 
@@ -196,6 +199,7 @@ def launch(
         tokenizer_file=str(tokenizer_file) if tokenizer_file else None,
         upstream=upstream,
         labels=labels,
+        model_source=model_source,
         parent_pid=os.getpid(),
         listen_fd=listener.fileno(),
     )

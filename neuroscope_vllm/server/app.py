@@ -16,6 +16,7 @@ from neuroscope_vllm.core.errors import ConfigError, NeuroscopeError
 from neuroscope_vllm.core.labels import LabelSet, load_labels
 from neuroscope_vllm.core.launch import SideConfig
 from neuroscope_vllm.server import errors
+from neuroscope_vllm.server.cards import CardReader
 from neuroscope_vllm.server.hub import Hub
 from neuroscope_vllm.server.ingest import Ingest
 from neuroscope_vllm.server.routes import (
@@ -42,6 +43,7 @@ def create_app(config: SideConfig) -> FastAPI:
     app.state.listening = False
     app.state.failure = None
     app.state.upstream = proxy.client(config.upstream) if config.upstream else None
+    app.state.cards = CardReader()
     errors.install(app)
     # A page elsewhere could otherwise rebind its own name to this address and read the stream.
     app.add_middleware(
@@ -58,6 +60,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     opening = asyncio.create_task(_open(app))
     yield
     opening.cancel()
+    app.state.cards.close()
     with contextlib.suppress(asyncio.CancelledError):
         await opening
     if app.state.upstream is not None:

@@ -208,6 +208,7 @@ def _endpoint(
         tokenizer_file=_tokenizer_file(vllm_config, directory),
         upstream=settings.upstream or _own_url(),
         labels=launch.label_files(settings, _layers(settings, sites)),
+        model_source=_model_source(vllm_config),
     )
     atexit.register(side.stop)
     layers = ", ".join(str(site.layer) for site in sites)
@@ -254,6 +255,11 @@ def _served_name(vllm_config: VllmConfig) -> str:
     if isinstance(name, list):
         name = name[0] if name else None
     return name or vllm_config.model_config.model
+
+
+def _model_source(vllm_config: VllmConfig) -> str:
+    model = vllm_config.model_config
+    return f"{model.model}@{model.revision}" if model.revision else model.model
 
 
 def _own_url() -> str | None:

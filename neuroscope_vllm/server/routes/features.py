@@ -1,4 +1,4 @@
-"""GET /v1/features/labels and /v1/features/describe."""
+"""GET /v1/features/labels, /v1/features/describe and /v1/features/{index}."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ import msgspec
 from fastapi import APIRouter, Query, Request
 from pydantic import BaseModel, ConfigDict, Field
 
+from neuroscope_vllm.core.cards.record import Card, Neighbour, Wanted
 from neuroscope_vllm.core.errors import ConfigError
 from neuroscope_vllm.core.labels import Label, LabelSet
 from neuroscope_vllm.core.wire import Site
+from neuroscope_vllm.server.cards import CardError, CardReader
 from neuroscope_vllm.server.detokenize import special_ids
 from neuroscope_vllm.server.errors import ApiError
 from neuroscope_vllm.server.hub import Hub
@@ -109,3 +111,62 @@ def _coverage(layer: int, label_set: LabelSet, sites: list[Site]) -> dict[str, A
         "labels": count,
         "coverage": round(count / width, 4) if width else None,
     }
+
+
+@router.get("/{index}")
+async def card(
+    request: Request,
+    index: int,
+    layer: int | None = Query(None, ge=0, description="May be left out where one is observed."),
+    weights: bool = Query(True, description="false: without what takes reading weights."),
+) -> dict[str, Any]:
+    """The feature card: labels, density, histogram, examples, tokens that it promotes, neighbours.
+
+    `missing` says of each field that is null what it wants. The first card takes longer: a process
+    starts that reads weights.
+    """
+    hub: Hub = request.app.state.hub
+    site = _site(hub, layer)
+    if not 0 <= index < site.sae.width:
+        last = site.sae.width - 1
+        raise ApiError(404, f"feature {index} does not exist; there are 0 to {last}.", "index")
+    reader: CardReader = request.app.state.cards
+    model = request.app.state.config.model_source
+    try:
+        found = await reader.read(Wanted(site, index, model, weights))
+    except CardError as error:
+        raise ApiError(503, str(error)) from None
+    return _with_labels(hub, found)
+
+
+def _site(hub: Hub, layer: int | None) -> Site:
+    sites = {site.layer: site for site in hub.senders.sites()}
+    if not sites:
+        raise ApiError(503, "no engine has said yet which SAEs it reads; try again when ready.")
+    served = ", ".join(map(str, sorted(sites)))
+    if layer is None:
+        if len(sites) > 1:
+            raise ApiError(400, f"say which layer; {served} are observed.", "layer")
+        return next(iter(sites.values()))
+    if layer not in sites:
+        raise ApiError(404, f"layer {layer} is not observed here; {served} is.", "layer")
+    return sites[layer]
+
+
+def _with_labels(hub: Hub, found: Card) -> dict[str, Any]:
+    found.neighbours = found.neighbours and [_named(hub, found.layer, n) for n in found.neighbours]
+    sets = hub.labels.get(found.layer, [])
+    labels = [label.to_dict() for one in sets if (label := one.get(found.index)) is not None]
+    return {
+        **msgspec.to_builtins(found),
+        "label": labels[0] if labels else None,
+        "labels": labels,
+    }
+
+
+def _named(hub: Hub, layer: int, neighbour: Neighbour) -> Neighbour:
+    return msgspec.structs.replace(
+        neighbour,
+        label=hub.label_of(layer, neighbour.index),
+        unreliable=neighbour.index in hub.unreliable(layer),
+    )
