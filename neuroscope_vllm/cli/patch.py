@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from neuroscope_vllm.cli.engines import sae_flags, writable
+from neuroscope_vllm.cli.drawing import drawable, write
+from neuroscope_vllm.cli.engines import sae_flags
 from neuroscope_vllm.cli.failures import failures
-from neuroscope_vllm.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from neuroscope_vllm.core.patching.record import Patching
 
-FORMS = (".json", ".html", ".png", ".svg")
 SAE_OPTIONS = ("sae", "layer", "sae_input", "config")
 ALL = "all"
 MAX_RANGE = 1_000_000
@@ -96,7 +95,7 @@ engine and SAEs they are of.
 @click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")
 def command(outputs: tuple[Path, ...], as_json: bool, **options: Any) -> None:
     with failures():
-        files = [_output(path) for path in outputs]
+        files = [drawable(path) for path in outputs]
         record = _run(options)
     if record.metric_of_clean < record.metric_of_corrupted:
         click.echo(
@@ -113,7 +112,8 @@ def command(outputs: tuple[Path, ...], as_json: bool, **options: Any) -> None:
 
         print_heat(record)
     for path in files:
-        _write(path, record)
+        with failures():
+            write(path, lambda form: _content(form, record))
 
 
 def _run(options: dict[str, Any]) -> Patching:
@@ -159,29 +159,6 @@ def _numbers(given: str | None, name: str) -> list[int] | None:
             raise click.UsageError(f"--{name} {given} is no list as in 0,5,10-20.")
         found.update(range(first, last + 1))
     return sorted(found)
-
-
-def _output(path: Path) -> Path:
-    """A file that can be written, as far as that can be told before."""
-    if path.suffix.lower() not in FORMS:
-        raise click.UsageError(f"--output {path} ends with none of {', '.join(FORMS)}.")
-    if path.suffix.lower() in (".png", ".svg"):
-        from neuroscope_vllm.core.pictures import check_pictures
-
-        check_pictures()
-    return writable(path)
-
-
-def _write(path: Path, record: Patching) -> None:
-    try:
-        path.write_bytes(_content(path.suffix.lower(), record))
-    except OSError as error:
-        raise click.ClickException(
-            f"{path} can not be written ({error.strerror}); name another file with --output."
-        ) from None
-    except ConfigError as error:
-        raise click.ClickException(str(error)) from None
-    click.echo(f"Wrote {path}", err=True)
 
 
 def _content(suffix: str, record: Patching) -> bytes:

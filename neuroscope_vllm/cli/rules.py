@@ -85,11 +85,19 @@ def _choices(trace: str, url: str) -> list[dict[str, Any]]:
         content, where = Path(trace).read_bytes(), trace
     else:
         content, where = _fetched(trace, url), f"the answer of {url}"
+    import msgspec
+
+    from neuroscope_vllm.core.events import TokenEvent
+    from neuroscope_vllm.core.steering.dry_run import TOKENS
+
     try:
         choices = json.loads(content)["choices"]
-        if all(isinstance(choice["events"], list) for choice in choices):
-            return choices
-    except (ValueError, KeyError, TypeError):
+        for choice in choices:
+            msgspec.convert([choice["request_id"], choice["choice"]], tuple[str, int])
+            tokens = [event for event in choice["events"] if event["event"] in TOKENS]
+            msgspec.convert(tokens, list[TokenEvent])
+        return choices
+    except (ValueError, KeyError, TypeError):  # msgspec.ValidationError is a ValueError
         pass
     raise click.ClickException(
         f"{where} holds no trace; give what GET {url}/v1/requests/{{id}} answers."

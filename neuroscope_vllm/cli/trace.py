@@ -9,12 +9,12 @@ from typing import Any
 import click
 
 from neuroscope_vllm.cli.corpus_options import CORPUS_HELP, corpus_flags
-from neuroscope_vllm.cli.engines import engine_flags, writable
+from neuroscope_vllm.cli.drawing import drawable, write
+from neuroscope_vllm.cli.engines import engine_flags
 from neuroscope_vllm.cli.failures import failures
 from neuroscope_vllm.core.json_text import to_json
 
 BY = ("weight", "era", "twera")
-FORMATS = (".json", ".html", ".png", ".svg")
 
 HELP = f"""Trace what features of one layer do to those of a later one.
 
@@ -115,7 +115,8 @@ def command(
     if features and check_ablations is not None:
         raise click.UsageError("--check-ablations draws its own features; leave --feature out.")
     if output is not None:
-        _drawable(output)
+        with failures():
+            drawable(output)
         if check_ablations is not None:
             raise click.UsageError("--check-ablations draws nothing; leave --output out.")
     # Before torch is loaded: see EngineSpec.
@@ -131,14 +132,14 @@ def command(
             click.echo(to_json(found)) if as_json else print_check(found)
             return
         graph = job.graph(features, top, by, max_cosine)
-        if output is not None:
-            _write(output, job, graph)
     if as_json:
         click.echo(to_json(graph))
     else:
         from neuroscope_vllm.cli.trace_table import print_graph
 
         print_graph(graph)
+    if output is not None:
+        write(output, lambda form: _content(form, graph))
 
 
 def _feature(text: str) -> tuple[int, int]:
@@ -149,37 +150,13 @@ def _feature(text: str) -> tuple[int, int]:
     return int(layer), int(index)
 
 
-def _drawable(output: Path) -> None:
-    """Raises click.ClickException: It can not be written, or not be drawn."""
-    if output.suffix not in FORMATS:
-        raise click.UsageError(
-            f"--output {output} has none of the endings {', '.join(FORMATS)}; give it one."
-        )
-    writable(output)
-    if output.suffix in (".png", ".svg"):
-        from neuroscope_vllm.core.pictures import check_pictures
-
-        with failures():
-            check_pictures()
-
-
-def _write(output: Path, job: Any, graph: Any) -> None:
-    """Raises click.ClickException: It can not be written."""
-    from neuroscope_vllm.core.artefacts import write_whole
-
-    if output.suffix == ".json":
-        content = to_json(graph).encode()
-    elif output.suffix == ".html":
+def _content(form: str, graph: Any) -> bytes:
+    if form == ".json":
+        return f"{to_json(graph)}\n".encode()
+    if form == ".html":
         from neuroscope_vllm.cli.trace_table import graph_page
 
-        content = graph_page(graph).encode(errors="replace")
-    else:
-        from neuroscope_vllm.cli.trace_picture import picture
+        return graph_page(graph).encode(errors="replace")
+    from neuroscope_vllm.cli.trace_picture import picture
 
-        content = picture(graph, output.suffix[1:])
-    try:
-        write_whole(output, content)
-    except OSError as error:
-        raise click.ClickException(
-            f"{output} can not be written ({error.strerror}); name another file with --output."
-        ) from None
+    return picture(graph, form[1:])

@@ -99,8 +99,11 @@ class Choice:
         return out
 
     def edit_from(self, position: int, salt: bytes) -> None:
-        """It is steered otherwise from now on; as in `PrefixWalk`."""
+        """It is steered otherwise from `position` on; as in `PrefixWalk`."""
         self._walk.edit_from(position, salt)
+
+    def is_edited_by(self, salt: bytes) -> bool:
+        return self._walk.knows(salt)
 
     def scheduled(self, cached_tokens: int) -> list[Item]:
         """It runs, and the first `cached_tokens` positions do not."""

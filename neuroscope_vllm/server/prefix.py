@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator
 from itertools import chain
 
@@ -17,6 +17,8 @@ from neuroscope_vllm.server.rows import Rows, unpack_layer
 
 BLOCK = 16
 """Tokens per entry. vLLM caches whole blocks, of this size or a multiple of it."""
+LATE = 4096
+"""Tokens by which the word that a request is steered otherwise may come after its rows."""
 ENTRY_OVERHEAD_BYTES = 400
 """What an entry costs beside its arrays: dictionary, digest, objects."""
 
@@ -48,6 +50,11 @@ class PrefixCache:
         self._blocks.move_to_end(digest)
         return block
 
+    def forget(self, digest: bytes) -> None:
+        block = self._blocks.pop(digest, None)
+        if block is not None:
+            self.bytes -= _size(block)
+
     def put(self, digest: bytes, block: Block) -> None:
         replaced = self._blocks.pop(digest, None)
         self.bytes += _size(block) - (_size(replaced) if replaced is not None else 0)
@@ -70,14 +77,23 @@ class PrefixWalk:
         self._digest = root
         self._end = 0  # of the blocks that are whole
         self._edited_from, self._salt = edited_from, salt
+        self._put: deque[tuple[int, bytes]] = deque(maxlen=LATE // BLOCK)  # ends and digests
         self._ids = array("i")  # of the block that has begun
         self._rows: list[tuple[Rows, int]] = []  # likewise; fewer where a row is missing
 
     def edit_from(self, position: int, salt: bytes) -> None:
-        """It is steered otherwise from now on."""
+        """It is steered otherwise from `position` on. Rows of it that came before the word of the
+        change did are nobody else's."""
+        for end, digest in self._put:
+            if end > position:
+                self._cache.forget(digest)
         before = self._edited_from
         self._edited_from = position if before is None else min(before, position)
         self._salt = salt
+
+    def knows(self, salt: bytes) -> bool:
+        """Whether it is steered as `salt` says."""
+        return salt == self._salt
 
     def add(self, token_id: int, rows: Rows | None, row: int) -> None:
         """The next position and its row, None if it has none."""
@@ -92,6 +108,7 @@ class PrefixWalk:
             block = pack(self._rows)
             if block is not None:
                 self._cache.put(self._digest, block)
+                self._put.append((self._end, self._digest))
         self._rows = []
 
     def read(self, token_ids: Iterable[int]) -> Iterator[tuple[int, Rows | None, int]]:

@@ -311,7 +311,7 @@ def test_what_can_not_be_used_is_refused_in_a_sentence(
     assert "is not LAYER:INDEX" in refused(*both, "--feature", "20")
     assert "is not LAYER:INDEX" in refused(*both, "--feature", "20:-1")
     assert "with a MODEL and --corpus" in refused(*both, "--by", "twera")
-    assert "none of the endings" in refused(*both, "--output", tmp_path / "map.pdf")
+    assert "ends with none of" in refused(*both, "--output", tmp_path / "map.pdf")
     (tmp_path / "map.png").mkdir()
     assert "is a folder" in refused(*both, "--output", tmp_path / "map.png")
     assert "does not exist" in refused(tiny_llama, *both, "--corpus", "./none.txt")

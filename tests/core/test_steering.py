@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -195,20 +196,20 @@ def test_there_is_room_for_so_many() -> None:
 
 def test_what_the_prefix_cache_may_share() -> None:
     add = {"op": "add", "value": 4}
-    assert one(add).first_edited(50) == 0
+    assert one(add).edits_prompt
     assert not one(add).splits
     assert one({**add, "positions": "prompt"}).splits
-    assert one({**add, "positions": "prompt"}).first_edited(50) == 0
-    assert one({**add, "positions": "generated"}).first_edited(50) == 50
+    assert one({**add, "positions": "prompt"}).edits_prompt
+    assert not one({**add, "positions": "generated"}).edits_prompt
     tag = {"when": {"layer": 20, "feature": 1, "above": 1}, "tag": "t"}
     tagged = settle(msgspec.convert({"rules": [tag]}, SteeringSpec), CATALOGUE)
     assert tagged is not None
-    assert tagged.first_edited(50) is None
+    assert not tagged.edits_prompt
     assert not tagged.reads_prompt
     steers = {**tag, "steer": [{"op": "ablate", "layer": 5, "feature": 1}]}
     ruled = settle(msgspec.convert({"rules": [steers]}, SteeringSpec), CATALOGUE)
     assert ruled is not None
-    assert ruled.first_edited(50) == 50
+    assert not ruled.edits_prompt
     tag["when"]["positions"] = "all"
     reads = settle(msgspec.convert({"rules": [tag]}, SteeringSpec), CATALOGUE)
     assert reads is not None
@@ -333,7 +334,7 @@ def test_what_is_ablated_is_gone_where_encoder_and_decoder_agree() -> None:
     vector = feature_vector(sae, 7)
     reading, writing = vector.reading.expand_as(x), vector.writing.expand_as(x)
     bias, threshold = torch.full((64,), vector.bias), torch.full((64,), vector.threshold)
-    f = activations(x, reading, bias, threshold, None)
+    f = activations(x, reading, bias, threshold, torch.full((64,), math.inf), None)
     assert f.tolist() == pytest.approx(sae.encode(x)[:, 7].tolist(), abs=1e-5)
     assert (f > 0).sum() > 10
     for value in (0.0, 5.0):
@@ -383,3 +384,37 @@ def test_where_others_would_get_steered_keys_and_values_nothing_is_edited() -> N
         one({"op": "add", "value": 4}, shared)
     tag = {"rules": [{"when": {"feature": 1, "above": 1}, "tag": "t"}]}
     assert settle(msgspec.convert(tag, SteeringSpec), shared) is not None
+
+
+def test_on_an_attention_sink_no_feature_is_active() -> None:
+    rows = torch.tensor([[3.0, 4.0], [30.0, 40.0]])
+    one, zero = torch.ones(2), torch.zeros(2)
+    f = activations(rows, torch.eye(2), zero, zero, torch.tensor([10.0, 10.0]), None)
+    assert f.tolist() == [3.0, 0.0]
+    assert change(-f, torch.eye(2), zero, rows, None).tolist() == [[-3.0, 0.0], [0.0, 0.0]]
+    assert activations(rows, torch.eye(2), zero, zero, 1e9 * one, None).tolist() == [3.0, 40.0]
+
+
+def test_doses_of_prompt_and_answer_do_not_add_up() -> None:
+    def edits(*positions: str) -> SteeringSpec:
+        each = [
+            {"op": "add", "layer": 20, "feature": 3, "value": 30.0, "positions": p}
+            for p in positions
+        ]
+        return msgspec.convert({"steer": each}, SteeringSpec)
+
+    for where, dose in (
+        (("prompt", "generated"), 0.6),
+        (("prompt", "prompt"), 1.2),
+        (("all", "generated"), 1.2),
+        (("all", "prompt", "generated"), 1.2),
+    ):
+        found = settle(edits(*where), CATALOGUE)
+        assert found is not None
+        assert found.doses == {20: dose}
+
+
+def test_a_condition_that_every_token_meets_is_refused() -> None:
+    rule = {"when": {"layer": 20, "feature": 3, "above": -0.5}, "tag": "t"}
+    with pytest.raises(SteeringRefused, match=r"rules\[0\]\.when\.above: every token meets -0\.5"):
+        settle(msgspec.convert({"rules": [rule]}, SteeringSpec), CATALOGUE)

@@ -47,17 +47,19 @@ def request(name: str, asked: SteeringSpec | None = None, prompt: list[int] = PR
 class Core:
     """An engine core's loop, with vLLM's own requests and no model."""
 
-    def __init__(self, *requests: Request, operator: Operator | None = None) -> None:
+    def __init__(
+        self, *requests: Request, operator: Operator | None = None, store: str | None = None
+    ) -> None:
         self.requests = {one.request_id: one for one in requests}
         self.hash_block_size = BLOCK
         self.answers: queue.SimpleQueue[wire.SteeringChanged] = queue.SimpleQueue()
-        self.live = LiveSteering(
-            SimpleNamespace(), self.answers.put, lambda name: name in self.requests
-        )  # type: ignore[arg-type]
+        transfer = None if store is None else SimpleNamespace(kv_connector=store)
+        config: Any = SimpleNamespace(kv_transfer_config=transfer)
+        self.live = LiveSteering(config, self.answers.put, lambda name: name in self.requests)
         self.live._catalogue = Catalogue({20: SITE}, operator or Operator())
 
     def ask(self, name: str, asked: SteeringSpec | None) -> None:
-        self.live.command(wire.encode(wire.Steer("c", name, asked)))
+        self.live.command(wire.encode(wire.Steer(f"c-{name}", name, asked)))
 
     def apply_until(self, done: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
         deadline = time.monotonic() + 10
@@ -207,3 +209,24 @@ def test_a_fault_is_answered_and_the_next_command_heard() -> None:
     core.live._catalogue = Catalogue({20: SITE})
     core.ask("mine", ABLATE)
     assert "mine" in core.apply_until(bool)
+
+
+def test_where_a_kv_connector_keeps_what_blocks_were_called_nothing_is_changed() -> None:
+    core = Core(request("mine"), store="OffloadingConnector")
+    core.ask("mine", ABLATE)
+    answer = core.answers.get(timeout=5)
+    assert (answer.status, answer.position) == (409, None)
+    assert "OffloadingConnector" in (answer.error or "")
+    assert core.live.apply(core) == {}
+
+
+def test_one_change_that_fails_takes_no_other_along() -> None:
+    good, bad = request("good"), request("bad")
+    core = Core(good, bad)
+    bad.update_block_hashes = None  # type: ignore[assignment]
+    core.ask("bad", ABLATE)
+    core.ask("good", ABLATE)
+    assert set(core.apply_until(bool)) == {"good"}
+    answers = {one.internal_id: one for one in (core.answers.get(timeout=5) for _ in range(2))}
+    assert answers["good"].error is None
+    assert answers["bad"].status == 500

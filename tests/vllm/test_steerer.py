@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import msgspec
+import numpy as np
 import torch
 from vllm import SamplingParams
 
@@ -15,6 +16,7 @@ from neuroscope_vllm.core.steering.catalogue import Catalogue, Site
 from neuroscope_vllm.core.steering.settle import settle
 from neuroscope_vllm.core.steering.spec import SteeringSpec
 from neuroscope_vllm.engine.vllm.ids import STEERING
+from neuroscope_vllm.engine.vllm.steer_report import SpanSteering, steered_rows
 from neuroscope_vllm.engine.vllm.steer_tables import SteerTables
 from neuroscope_vllm.engine.vllm.steering import Steerer
 from neuroscope_vllm.engine.vllm.step import StepView
@@ -40,8 +42,8 @@ def new(name: str, spec: dict[str, Any]) -> Any:
 class Worker:
     def __init__(self, entries: int, sae: SAE = SAE_) -> None:
         self.tables = SteerTables({LAYER: None}, num_rows=8, d_model=D_MODEL, entries=entries)
-        self.steerer = Steerer(self.tables, {LAYER: sae}, {})
-        self.told: list[tuple[int, int]] = []
+        self.steerer = Steerer(self.tables, {LAYER: sae}, {}, {LAYER: 90.0})
+        self.parts: list[SpanSteering] = []
 
     def step(self, rows: dict[str, tuple[int, list[float]]], *begin: Any) -> torch.Tensor:
         """Rows after the layer, of requests by name: position and row."""
@@ -54,8 +56,7 @@ class Worker:
         view = StepView(list(rows), list(range(count + 1)), nothing, nothing, positions)
         self.steerer.prepared(view)
         self.tables.steer(LAYER, hidden, torch.zeros_like(hidden))
-        told = self.steerer.found(view, lambda layer: hidden)
-        self.told = [(one.layer, slot.feature) for one in told for slot in one.slots]
+        self.parts = self.steerer.found(view, lambda layer: hidden)
         self.steerer.ran()
         return hidden
 
@@ -85,4 +86,35 @@ def test_of_a_top_k_sae_one_feature_alone_is_edited_but_not_told() -> None:
     for sae, told in ((SAE_, [(LAYER, 2)]), (top, [])):
         worker = Worker(entries=1, sae=sae)
         assert worker.step({"a": (0, [0.0] * D_MODEL)}, add).tolist() == [[0, 0, 3, 0]]
-        assert worker.told == told
+        found = [(one.layer, slot.feature) for one in worker.parts for slot in one.slots]
+        assert found == told
+
+
+def test_what_drowns_every_feature_is_neither_read_nor_taken_away() -> None:
+    """A row above the calibrated norm: `add` is done, what reads f finds 0."""
+    edits = [{"op": "ablate", "feature": 0}, {"op": "add", "feature": 1, "value": 5}]
+    sink, row = [100.0, 0.0, 0.0, 0.0], [50.0, 0.0, 0.0, 0.0]
+    worker = Worker(entries=2)
+    a, b = (new(name, {"steer": edits, "rules": [RULE]}) for name in "ab")
+    assert worker.step({"a": (3, sink), "b": (3, row)}, a, b).tolist() == [
+        [100, 5, 0, 0],
+        [0, 5, 0, 0],
+    ]
+    quiet = [0.0] * D_MODEL
+    after = worker.step({"a": (4, quiet), "b": (4, quiet)}).tolist()
+    assert after == [[0, 5, 0, 0], [0, 12, 0, 0]]  # the rule of b alone was met
+
+
+def test_requests_of_unequal_slots_are_told_what_is_theirs() -> None:
+    few = new("few", {"steer": [{"op": "add", "feature": 2, "value": 3}]})
+    many = new("many", {"steer": [{"op": "scale", "feature": i, "value": 2} for i in range(3)]})
+    worker = Worker(entries=2)
+    rows = {"few": (0, [0.0] * D_MODEL), "many": (0, [1.0, 2.0, 3.0, 0.0])}
+    assert worker.step(rows, few, many).tolist() == [[0, 0, 3, 0], [2, 4, 6, 0]]
+    figures = [
+        np.frombuffer(getattr(one, when), "<f4").tolist()
+        for part in worker.parts
+        for one in steered_rows(part, part.found.numpy())
+        for when in ("before", "after")
+    ]
+    assert figures == [[0], [3], [1, 2, 3], [2, 4, 6]]

@@ -236,7 +236,13 @@ def check_dry_run(
     assert steering["steered"] == [met_at + 1, met_at + 2]
     assert stopping["tokens"] == 12
     assert 0 < stopping["unknown"] < 12
-    for wrong, why in ((str(file), "holds no trace"), ("cmpl-nobody", "keeps no such request")):
+    torn = folder / "torn.json"
+    torn.write_text('{"choices": [{"request_id": "a", "choice": 0, "events": [{}]}]}')
+    for wrong, why in (
+        (str(file), "holds no trace"),
+        (str(torn), "holds no trace"),
+        ("cmpl-nobody", "keeps no such request"),
+    ):
         result = CliRunner().invoke(main, [*words[:2], wrong, *words[3:]])
         assert (result.exit_code, why in result.output) == (1, True), result.output
 
@@ -275,6 +281,8 @@ def test_a_rule_stops_tags_and_steers(
     assert (hit["rule"], hit["tag"], hit["stop"]) == ("enough", "seen", True)
     assert hit["activation"] == pytest.approx(float(rows[at, feature]), rel=1e-3)
     assert trace["events"][-1]["finish_reason"] == "stop"
+    told = [e["token"] for e in trace["events"] if e["event"] == "token" and e["layer"] == 20]
+    assert choice["text"] == "".join(told) != ""
 
     # Edits of a rule act from the next token on, as long as the rule says.
     edit = {"op": "add", "layer": 5, "feature": 9, "value": 8.0}
@@ -289,17 +297,17 @@ def test_a_rule_stops_tags_and_steers(
 
 
 def test_who_is_not_steered_is_left_alone(
-    served: Served, plain: tuple[list[int], Generated], firing: dict[int, list[int]]
+    served: Served, reference: SteeredReference, firing: dict[int, list[int]]
 ) -> None:
-    """Sixteen at once, half of them steered, each otherwise: all as when they are alone."""
+    """Sixteen at once, half of them steered, each otherwise: all as if they were alone."""
     all_edits = list(specifications(firing).values())
     texts = [f"{number}. {PROMPT}" for number in range(16)]
     options = [{"steer": all_edits[i // 2]} if i % 2 else None for i in range(16)]
-    alone = [generated(ask(served, t, o)) for t, o in zip(texts, options, strict=True)]
     with ThreadPoolExecutor(16) as pool:
         together = list(pool.map(lambda i: generated(ask(served, texts[i], options[i])), range(16)))
-    for (_, found), (_, expected) in zip(together, alone, strict=True):
-        assert_same(found, expected, 2e-4)
+    for (prompt_ids, found), given in zip(together, options, strict=True):
+        edits = given["steer"] if given else []
+        assert_same(found, reference.generate(prompt_ids, edits, 12), 2e-4)
 
 
 def test_the_prefix_cache_leaks_neither_way(

@@ -21,6 +21,7 @@ class Vector(NamedTuple):
         writing: [d_model], the feature's row of W_dec, or the direction.
         bias, threshold: Of the feature.
         normed: 1.0 where `writing` is in units of the row's own norm (`SAEInfo.input_norm`).
+        sink_norm: Norm above which a row is an attention sink, on which no feature is active.
     """
 
     reading: Tensor
@@ -28,15 +29,17 @@ class Vector(NamedTuple):
     bias: float
     threshold: float
     normed: float
+    sink_norm: float
 
 
-def feature_vector(sae: SAE, feature: int) -> Vector:
+def feature_vector(sae: SAE, feature: int, sink_norm: float = float("inf")) -> Vector:
     return Vector(
         sae.W_enc[:, feature].float().cpu(),
         sae.W_dec[feature].float().cpu(),
         float(sae.b_enc[feature]),
         max(float(sae.threshold[feature]), 0.0),
         float(sae.info.input_norm is not None),
+        sink_norm,
     )
 
 
@@ -62,25 +65,33 @@ def ablating(gain: float) -> float:
 def direction_vector(direction: Tensor) -> Vector:
     """Of a vector [d_model], any float dtype."""
     writing = direction.float().cpu()
-    return Vector(torch.zeros_like(writing), writing, 0.0, float("inf"), 0.0)
+    never = float("inf")
+    return Vector(torch.zeros_like(writing), writing, 0.0, never, 0.0, never)
 
 
 def activations(
-    x: Tensor, reading: Tensor, bias: Tensor, threshold: Tensor, input_norm: str | None
+    x: Tensor,
+    reading: Tensor,
+    bias: Tensor,
+    threshold: Tensor,
+    sink_norm: Tensor,
+    input_norm: str | None,
 ) -> Tensor:
-    """f of one feature on each row: JumpReLU, as `SAE.encode`.
+    """f of one feature on each row: JumpReLU, as `SAE.encode`; 0 on attention sinks, whose norm
+    drowns every feature.
 
     Args:
         x: float32 [n, d_model], raw residuals.
         reading: float32 [n, d_model], the feature of each row.
-        bias, threshold: float32 [n].
+        bias, threshold, sink_norm: float32 [n].
         input_norm: As in `SAEInfo`.
 
     Returns:
         float32 [n].
     """
     pre = torch.linalg.vecdot(normalise_rows(x, input_norm), reading) + bias
-    return torch.where(pre > threshold, pre, 0.0)
+    heard = torch.linalg.vector_norm(x, dim=1) <= sink_norm
+    return torch.where((pre > threshold) & heard, pre, 0.0)
 
 
 def change(amount: Tensor, writing: Tensor, normed: Tensor, x: Tensor, norm: str | None) -> Tensor:

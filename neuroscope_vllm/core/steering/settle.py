@@ -47,7 +47,8 @@ class _Settling:
         self._catalogue = catalogue
         self._slots: list[Slot] = []
         self._rules: list[SettledRule] = []
-        self._dose: defaultdict[int, float] = defaultdict(float)
+        self._dose: defaultdict[tuple[int, str], float] = defaultdict(float)
+        """By layer and phase, prompt or generated: edits of one meet no edits of the other."""
 
     def all_of(self, asked: SteeringSpec) -> Steering | None:
         room = MAX_SLOTS * len(self._catalogue.sites)
@@ -78,7 +79,7 @@ class _Settling:
         return Steering(
             slots=self._slots,
             rules=self._rules,
-            doses={layer: round(dose, 3) for layer, dose in self._dose.items()},
+            doses={layer: round(dose, 3) for layer, dose in self._doses().items()},
             warnings=self._warnings(),
         )
 
@@ -90,7 +91,8 @@ class _Settling:
             slot, norm = self._feature_edit(edit, where)
         layer_norm = self._catalogue.sites[slot.layer].median_norm
         if norm is not None and layer_norm is not None:
-            self._dose[slot.layer] += norm / layer_norm
+            for phase in ("prompt", "generated") if positions == "all" else (positions,):
+                self._dose[slot.layer, phase] += norm / layer_norm
         self._slots.append(msgspec.structs.replace(slot, positions=positions, gate=gate))
 
     def _direction(self, edit: Edit, where: str) -> tuple[Slot, float]:
@@ -207,6 +209,11 @@ class _Settling:
                 f"{where}.last: {when.last} is no number of tokens; give 1 or more."
             )
         above = _in_unit(_value(when.above, where, "above"), when.unit, site, feature, where)
+        if above < 0:
+            raise SteeringRefused(
+                f"{where}.above: every token meets {when.above:g}, as no activation is below 0;"
+                " give 0 or more."
+            )
         return Slot(
             layer=layer, feature=feature, positions=when.positions, meets=number, above=above
         )
@@ -237,9 +244,16 @@ class _Settling:
                 f" {MAX_SLOTS} on a layer, presets and the operator's rules among them."
             )
 
+    def _doses(self) -> dict[int, float]:
+        layers = sorted({layer for layer, _ in self._dose})
+        return {
+            layer: max(dose for (of, _), dose in self._dose.items() if of == layer)
+            for layer in layers
+        }
+
     def _warnings(self) -> list[str]:
         operator, found = self._catalogue.operator, []
-        for layer, dose in sorted(self._dose.items()):
+        for layer, dose in self._doses().items():
             size = (
                 f"steering changes layer {layer} by up to {dose:.1f} of the usual residual's norm"
             )

@@ -76,12 +76,10 @@ class Steering(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     def of_layer(self, layer: int) -> list[Slot]:
         return [slot for slot in self.slots if slot.layer == layer]
 
-    def first_edited(self, prompt_length: int) -> int | None:
-        """Position from which keys and values may differ from unsteered ones; None: nowhere."""
-        written = [slot.positions for slot in self.slots if slot.writes]
-        if not written:
-            return None
-        return prompt_length if set(written) == {"generated"} else 0
+    @property
+    def edits_prompt(self) -> bool:
+        """Whether keys and values of the prompt differ from unsteered ones."""
+        return any(slot.writes and slot.positions != "generated" for slot in self.slots)
 
     @property
     def splits(self) -> bool:

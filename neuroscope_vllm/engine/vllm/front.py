@@ -82,7 +82,7 @@ def create_engine_config(original: Any, engine_args: Any, *args: Any, **kwargs: 
         listener = None
         if serving and settings.hub is None and RUNTIME_VARIABLE not in os.environ:
             # Before vLLM's own work: a taken port should not cost a model download.
-            launch.check_bind(settings)
+            launch.check_side(settings)
             listener = launch.listen(settings.features_host, settings.features_port)
         vllm_config = original(engine_args, *args, **kwargs)
         check_served(vllm_config)
@@ -112,6 +112,11 @@ def create_engine_config(original: Any, engine_args: Any, *args: Any, **kwargs: 
 
 def _create_patched(vllm_config: VllmConfig) -> VllmConfig:
     check_served(vllm_config)
+    if (store := steer_catalogue.connector(vllm_config)) is not None:
+        raise ConfigError(
+            f"{store} would hand patched keys and values to others; patch without"
+            " --kv-transfer-config."
+        )
     model = vllm_config.model_config
     resolved = WorkerSettings(
         sites=[],

@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 ENDED = "the request has ended, so nothing is left to steer."
 _CHANGES = "neuroscope_steering"
+APPENDING = ("OffloadingConnector",)
+"""KV connectors that copy a request's block hashes when they are made, and never look again."""
 
 
 class _Change(NamedTuple):
@@ -77,27 +79,34 @@ class LiveSteering:
             if request is None or request.is_finished():
                 self._refuse(change, 409, ENDED)
                 continue
-            self._changed[change.internal_id] = request
-            # Drafts that are in flight may run again, in this step.
-            position = max(request.num_computed_tokens - len(request.spec_token_ids), 0)
-            salt = uuid.uuid4().hex
-            salt_from(request, position, salt)
-            _hash_again(request, position, scheduler.hash_block_size)
-            steering = change.steering
+            try:
+                answer = self._change(change, request, scheduler.hash_block_size)
+            except Exception as error:
+                logger.exception("neuroscope: steering could not be changed")
+                self._refuse(change, 500, _fault(error))
+                continue
             changes[change.internal_id] = (
                 request.num_prompt_tokens,
-                steering.to_dict() if steering else None,
+                change.steering.to_dict() if change.steering else None,
             )
-            self._answer(
-                wire.SteeringChanged(
-                    change.command,
-                    change.internal_id,
-                    position=position,
-                    salt=salt.encode(),
-                    steering=steering.describe() if steering else None,
-                )
-            )
+            self._answer(answer)
         return changes
+
+    def _change(self, change: _Change, request: Any, block_size: int) -> wire.SteeringChanged:
+        """Have its blocks be nobody else's from where the change holds."""
+        # Drafts that are in flight may run again, in this step.
+        position = max(request.num_computed_tokens - len(request.spec_token_ids), 0)
+        salt = uuid.uuid4().hex
+        salt_from(request, position, salt)
+        _hash_again(request, position, block_size)
+        self._changed[change.internal_id] = request
+        return wire.SteeringChanged(
+            change.command,
+            change.internal_id,
+            position=position,
+            salt=salt.encode(),
+            steering=change.steering.describe() if change.steering else None,
+        )
 
     def ended(self, internal_ids: Collection[str]) -> None:
         """These requests have, and changes that are not made yet come too late."""
@@ -134,6 +143,15 @@ class LiveSteering:
 
     def _settle(self, command: wire.Steer) -> None:
         change = _Change(command.command, command.internal_id, None)
+        store = steer_catalogue.connector(self._vllm_config)
+        if store in APPENDING:
+            self._refuse(
+                change,
+                409,
+                f"{store} has taken note of this request's blocks as they were; give the steering"
+                " with the request, or serve without --kv-transfer-config.",
+            )
+            return
         try:
             if self._catalogue is None:
                 self._catalogue = steer_catalogue.build_again(self._vllm_config)
@@ -149,9 +167,7 @@ class LiveSteering:
         except Exception as error:
             # A fault of ours: who asked is told, and those after it are still heard.
             logger.exception("neuroscope: steering could not be changed")
-            self._refuse(
-                change, 500, f"the engine failed on it ({error!r}); its log has the trace."
-            )
+            self._refuse(change, 500, _fault(error))
             return
         with self._lock:
             self._ready[change.command] = change._replace(steering=steering)
@@ -163,6 +179,10 @@ class LiveSteering:
         self._answer(
             wire.SteeringChanged(change.command, change.internal_id, error=error, status=status)
         )
+
+
+def _fault(error: Exception) -> str:
+    return f"the engine failed on it ({error!r}); its log has the trace."
 
 
 def _check_in_time(asked: SteeringSpec | None, catalogue: Catalogue) -> None:

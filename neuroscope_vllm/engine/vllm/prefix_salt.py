@@ -29,7 +29,7 @@ def steering_of(params: Any) -> Steering | None:
 def salt_whole(request: Any) -> None:
     """For an EngineCoreRequest that is steered from its first token on: vLLM's own salt does it."""
     steering = steering_of(request.sampling_params)
-    if steering is not None and steering.first_edited(1) == 0:
+    if steering is not None and steering.edits_prompt:
         request.cache_salt = f"{request.cache_salt or ''}\0{_SECRET}:{steering.digest}"
 
 

@@ -9,6 +9,9 @@ from vllm.config import VllmConfig
 from neuroscope_vllm.core.errors import ConfigError
 from neuroscope_vllm.engine.vllm.models import SERVED
 
+_AUXILIARY = ("eagle3", "dflash", "dspark", "extract_hidden_states")
+"""Speculative methods, by vLLM's names."""
+
 
 def check_served(vllm_config: VllmConfig) -> None:
     """Raises ConfigError with the reason if the stream could not be trusted."""
@@ -38,8 +41,10 @@ def check_served(vllm_config: VllmConfig) -> None:
         "adaptive draft verification leaves row boundaries on the GPU": bool(
             getattr(speculative, "enable_adaptive_verification", False)
         ),
-        "EAGLE-3 drafting takes auxiliary hidden states from the decoder loop we replace": bool(
-            speculative is not None and speculative.method == "eagle3"
+        "drafting takes auxiliary hidden states from the decoder loop we replace, with"
+        f" {', '.join(_AUXILIARY)}": (speculative is not None and speculative.method in _AUXILIARY),
+        "sleep mode (--enable-sleep-mode) may drop the SAE's weights with the model's": bool(
+            getattr(model, "enable_sleep_mode", False)
         ),
     }
     for reason, refused in reasons.items():

@@ -1,7 +1,8 @@
 """Rules that end an answer: from the worker that saw the condition met to the scheduler.
 
 The word travels with vLLM's own ModelRunnerOutput, which every executor brings to the engine core,
-so it needs no hub. On a GPU it is a step or two behind the token that met the condition.
+so it needs no hub. On a GPU it is a step or two behind the token that met the condition, and more
+where the SAE lags behind the model.
 """
 
 from __future__ import annotations
@@ -67,10 +68,9 @@ def end(scheduler: Any, model_output: Any, outputs: dict[int, EngineCoreOutputs]
         if request is None or request.is_finished():
             continue
         told = outputs.setdefault(request.client_index, EngineCoreOutputs())
-        mine = next((one for one in told.outputs if one.request_id == request_id), None)
-        if mine is None:
-            mine = EngineCoreOutput(request_id, [])
-            told.outputs.append(mine)
-        mine.finish_reason = FinishReason.STOP
-        mine.stop_reason = f"neuroscope: {rule}"
+        # An output of its own: of one that ends with "stop" vLLM takes the last token for a stop
+        # token, and leaves its text out.
+        stop = EngineCoreOutput(request_id, [], finish_reason=FinishReason.STOP)
+        stop.stop_reason = f"neuroscope: {rule}"
+        told.outputs.append(stop)
         yield request_id

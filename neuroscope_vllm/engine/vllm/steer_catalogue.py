@@ -24,7 +24,7 @@ def build(sites: dict[int, Site], operator: Operator, vllm_config: VllmConfig) -
         d_model=vllm_config.model_config.get_hidden_size(),
         staged=vllm_config.parallel_config.pipeline_parallel_size > 1,
         drafts=vllm_config.speculative_config is not None,
-        kv_store=_kv_store(vllm_config),
+        kv_store=None if (name := connector(vllm_config)) in _BY_BLOCK_HASH else name,
     )
     try:
         settle(SteeringSpec(), catalogue)
@@ -35,10 +35,10 @@ def build(sites: dict[int, Site], operator: Operator, vllm_config: VllmConfig) -
     return catalogue
 
 
-def _kv_store(vllm_config: VllmConfig) -> str | None:
+def connector(vllm_config: VllmConfig) -> str | None:
+    """vLLM's KV connector, by name."""
     transfer = vllm_config.kv_transfer_config
-    connector = None if transfer is None else transfer.kv_connector
-    return None if connector in _BY_BLOCK_HASH else connector
+    return None if transfer is None else transfer.kv_connector
 
 
 def build_again(vllm_config: VllmConfig) -> Catalogue:

@@ -16,13 +16,14 @@ from neuroscope_vllm.core.sae.info import LAYER_NORM, RMS
 from neuroscope_vllm.core.sae.sae import LAYER_NORM_EPS
 from neuroscope_vllm.engine.vllm import steer_op
 
-_ROW, _SLOT, _NUMBER = tl.constexpr(2), tl.constexpr(5), tl.constexpr(6)  # columns
+_ROW, _SLOT, _NUMBER = tl.constexpr(2), tl.constexpr(5), tl.constexpr(7)  # columns
 _POSITION = tl.constexpr(steer_op.POSITION)
 _FIRST, _END = tl.constexpr(steer_op.FIRST), tl.constexpr(steer_op.END)
 _GATE, _MEETS = tl.constexpr(steer_op.GATE), tl.constexpr(steer_op.MEETS)
 _CONSTANT = tl.constexpr(steer_op.CONSTANT)
 _BIAS, _THRESHOLD = tl.constexpr(steer_op.BIAS), tl.constexpr(steer_op.THRESHOLD)
 _NORMED, _ABOVE = tl.constexpr(steer_op.NORMED), tl.constexpr(steer_op.ABOVE)
+_SINK_NORM = tl.constexpr(steer_op.SINK_NORM)
 _EPS = tl.constexpr(LAYER_NORM_EPS)
 
 
@@ -115,6 +116,7 @@ def _edit(
     x = before + tl.load(residual + row * residual_stride + column, mask=inside, other=0.0).to(
         tl.float32
     )
+    norm = tl.sqrt(tl.sum(x * x, axis=0))
     seen = x
     scale = 1.0
     if IS_RMS:
@@ -133,7 +135,8 @@ def _edit(
             vector = pair * d_model + column
             read = tl.load(reading + vector, mask=inside, other=0.0)
             pre = tl.sum(seen * read, axis=0) + tl.load(number + _BIAS)
-            f = tl.where(pre > tl.load(number + _THRESHOLD), pre, 0.0)
+            heard = norm <= tl.load(number + _SINK_NORM)
+            f = tl.where((pre > tl.load(number + _THRESHOLD)) & heard, pre, 0.0)
             tl.store(activation + row * num_slots + slot, f)
             amount = tl.load(number) * f + tl.load(number + _CONSTANT)
             if amount != 0:

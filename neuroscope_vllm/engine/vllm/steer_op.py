@@ -20,7 +20,7 @@ from neuroscope_vllm.core.steering.arithmetic import activations, change
 # Columns of the tables.
 ENTRY, POSITION = 0, 1
 USED, FIRST, END, GATE, MEETS = range(5)
-PER_ACTIVATION, CONSTANT, BIAS, THRESHOLD, NORMED, ABOVE = range(6)
+PER_ACTIVATION, CONSTANT, BIAS, THRESHOLD, NORMED, SINK_NORM, ABOVE = range(7)
 NEVER = -(1 << 30)
 
 _ROWS_AT_ONCE = 128
@@ -61,7 +61,7 @@ def steer(
         met: int32 [entries, rules], latest position that met the rule; NEVER.
         slots: int32 [entries, slots, 5], USED to MEETS: positions [FIRST, END), numbers of rules;
             of GATE and MEETS a slot has one at most.
-        numbers: float32 [entries, slots, 6], PER_ACTIVATION to ABOVE.
+        numbers: float32 [entries, slots, 7], PER_ACTIVATION to ABOVE.
         reading, writing: float32 [entries, slots, d_model].
         activation: float32 [max_rows, slots]; written where a slot of the row was live.
         input_norm: As in `SAEInfo`.
@@ -84,11 +84,11 @@ def steer(
 
         pair = torch.from_numpy(entry * slots.shape[1] + slot)
         number = numbers.flatten(0, 1).index_select(0, pair)
-        per_activation, constant, bias, threshold, normed, above = number.unbind(1)
+        per_activation, constant, bias, threshold, normed, sink_norm, above = number.unbind(1)
         alone = len(at) == len(row)
         each = x if alone else x.index_select(0, torch.from_numpy(at))
         read = reading.flatten(0, 1).index_select(0, pair)
-        f = activations(each, read, bias, threshold, input_norm)
+        f = activations(each, read, bias, threshold, sink_norm, input_norm)
         activation.numpy()[row[at], slot] = f.numpy()
 
         meets = slots.numpy()[entry, slot, MEETS]

@@ -20,7 +20,8 @@ class SpanSteering(NamedTuple):
         start: Its first row.
         slots: Of the layer, in the order of the columns.
         rules: Of the request.
-        found: float32 [rows, 2 len(slots)], f before and after the edits, on the worker's device.
+        found: float32 [rows, 2, at least len(slots)], f before and after the edits, on the
+            worker's device.
     """
 
     span: int
@@ -33,7 +34,6 @@ class SpanSteering(NamedTuple):
 
 def steered_rows(part: SpanSteering, found: NDArray[np.float32]) -> list[wire.SteeredRows]:
     """Of the features that are edited. `found`: `part.found` on the host."""
-    width = len(part.slots)
     edited = [column for column, slot in enumerate(part.slots) if slot.meets == NO_RULE]
     if not edited:
         return []
@@ -42,8 +42,8 @@ def steered_rows(part: SpanSteering, found: NDArray[np.float32]) -> list[wire.St
             span=part.span,
             layer=part.layer,
             features=[_feature(part.slots[column]) for column in edited],
-            before=found[:, edited].astype("<f4").tobytes(),
-            after=found[:, [width + column for column in edited]].astype("<f4").tobytes(),
+            before=found[:, 0, edited].astype("<f4").tobytes(),
+            after=found[:, 1, edited].astype("<f4").tobytes(),
         )
     ]
 
@@ -55,13 +55,13 @@ def rule_hits(part: SpanSteering, found: NDArray[np.float32]) -> list[wire.RuleH
         if slot.meets == NO_RULE:
             continue
         rule = part.rules[slot.meets]
-        for row in np.flatnonzero(found[:, column] > slot.above).tolist():
+        for row in np.flatnonzero(found[:, 0, column] > slot.above).tolist():
             hits.append(
                 wire.RuleHit(
                     row=part.start + row,
                     layer=part.layer,
                     feature=_feature(slot),
-                    activation=float(found[row, column]),
+                    activation=float(found[row, 0, column]),
                     rule=rule.name,
                     tag=rule.tag,
                     stop=rule.stop,

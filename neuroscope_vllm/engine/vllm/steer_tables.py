@@ -43,7 +43,7 @@ class SteerTables(nn.Module):
         self._add("met", (entries, MAX_RULES), torch.int32, NEVER)
         for layer in self.layers:
             self._add(f"slots_{layer}", (entries, num_slots, 5), torch.int32)
-            self._add(f"numbers_{layer}", (entries, num_slots, 6), torch.float32)
+            self._add(f"numbers_{layer}", (entries, num_slots, 7), torch.float32)
             self._add(f"reading_{layer}", (entries, num_slots, d_model), torch.float32)
             self._add(f"writing_{layer}", (entries, num_slots, d_model), torch.float32)
             self._add(f"activation_{layer}", (num_rows, num_slots), torch.float32)
@@ -78,16 +78,18 @@ class SteerTables(nn.Module):
     def activation_after(self, layer: int, entry: int, slots: int, x: Tensor) -> Tensor:
         """float32 [n, slots]: f of an entry's first `slots`, of rows x [n, d_model] as edited."""
         reading = self.get_buffer(f"reading_{layer}")[entry, :slots]
-        pre = normalise_rows(x.float(), self._input_norms[layer]) @ reading.t()
-        return _gated(pre, self.get_buffer(f"numbers_{layer}")[entry, :slots])
+        x = x.float()
+        pre = normalise_rows(x, self._input_norms[layer]) @ reading.t()
+        return _gated(pre, self.get_buffer(f"numbers_{layer}")[entry, :slots], x)
 
     def activations_after(self, layer: int, rows: slice, slots: int, x: Tensor) -> Tensor:
         """The same of the step's `rows`, each of its own entry."""
         entry = self.rows[rows, steer_op.ENTRY]
         reading = self.get_buffer(f"reading_{layer}")[:, :slots].index_select(0, entry)
-        each = normalise_rows(x.float(), self._input_norms[layer]).unsqueeze(1)
+        x = x.float()
+        each = normalise_rows(x, self._input_norms[layer]).unsqueeze(1)
         numbers = self.get_buffer(f"numbers_{layer}")[:, :slots].index_select(0, entry)
-        return _gated(torch.linalg.vecdot(each, reading), numbers)
+        return _gated(torch.linalg.vecdot(each, reading), numbers, x)
 
     def rules_met(self, entry: int) -> Tensor:
         """int32 [MAX_RULES], a copy: see `steer_op`."""
@@ -119,15 +121,18 @@ class SteerTables(nn.Module):
         above: float = 0.0,
     ) -> None:
         """Fill a slot; see `steer_op`."""
-        numbers = [per_activation, constant, vector.bias, vector.threshold, vector.normed]
-        self._put(f"numbers_{layer}", entry, slot, torch.tensor([*numbers, above]))
+        of_vector = (vector.bias, vector.threshold, vector.normed, vector.sink_norm)
+        numbers = torch.tensor([per_activation, constant, *of_vector, above])
+        self._put(f"numbers_{layer}", entry, slot, numbers)
         self._put(f"reading_{layer}", entry, slot, vector.reading)
         self._put(f"writing_{layer}", entry, slot, vector.writing)
         used = torch.tensor([1, first, end, gate, meets], dtype=torch.int32)
         self._put(f"slots_{layer}", entry, slot, used)
 
     def _put(self, name: str, entry: int, slot: int, values: Tensor) -> None:
-        self.get_buffer(name)[entry, slot] = values.to(self.rows.device)
+        if self.rows.is_cuda:
+            values = values.pin_memory()
+        self.get_buffer(name)[entry, slot].copy_(values, non_blocking=True)
 
     def fill_rows(self, rows: NDArray[np.int32]) -> None:
         """The next forward pass's rows int32 [n, 2]; in stream order on CUDA."""
@@ -147,7 +152,9 @@ class SteerTables(nn.Module):
             self._dirty = 0
 
 
-def _gated(pre: Tensor, numbers: Tensor) -> Tensor:
-    """f of pre-activations [n, slots] without their bias; numbers: [n or none, slots, 6]."""
+def _gated(pre: Tensor, numbers: Tensor, x: Tensor) -> Tensor:
+    """f of pre-activations [n, slots] without their bias; numbers: [n or none, slots, 7]."""
     pre = pre + numbers[..., steer_op.BIAS]
-    return torch.where(pre > numbers[..., steer_op.THRESHOLD], pre, 0.0)
+    norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+    heard = norm <= numbers[..., steer_op.SINK_NORM]
+    return torch.where((pre > numbers[..., steer_op.THRESHOLD]) & heard, pre, 0.0)

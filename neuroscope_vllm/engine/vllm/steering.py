@@ -6,6 +6,7 @@ of the tables when it is in a step and keeps it until it ends.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -54,12 +55,15 @@ class Steerer:
         tables: SteerTables,
         saes: dict[int, SAE],
         directions: dict[str, torch.Tensor],
+        sink_norms: dict[int, float],
     ) -> None:
-        """`saes`: by layer, on the CPU; `directions`: by name, [d_model]."""
+        """`saes`: by layer, on the CPU; `directions`: by name, [d_model]; `sink_norms`: of layers
+        with a calibration."""
         self._tables = tables
         self._saes = saes
         self._told = [layer for layer, sae in saes.items() if sae.info.k is None]
         self._directions = directions
+        self._sink_norms = sink_norms
         self._requests: dict[str, Steered] = {}
         self._running: list[tuple[int, Steered]] = []  # in the step, by their number
         self._holders: list[Steered | None] = [None] * tables.entries
@@ -116,19 +120,18 @@ class Steerer:
         return parts
 
     def _runs(self, step: StepView, layer: int) -> list[list[tuple[int, Steered]]]:
-        """Requests that are read in one go: one with several rows, or neighbours with a row each
-        and as many slots; a torch call for every request would cost more than its arithmetic."""
+        """Requests that are read in one go: one with several rows, or neighbours with a row each; a
+        torch call for every request would cost more than its arithmetic."""
         runs: list[list[tuple[int, Steered]]] = []
         starts, before = step.row_starts, None
         for span, request in self._running:
-            slots = len(request.reported.get(layer, ()))
-            if not slots:
+            if layer not in request.reported:
                 continue
-            key = slots if starts[span + 1] - starts[span] == 1 else None
-            if key is None or before != (span - 1, key):
+            single = starts[span + 1] - starts[span] == 1
+            if not single or before != span - 1:
                 runs.append([])
             runs[-1].append((span, request))
-            before = span, key
+            before = span if single else None
         return runs
 
     def _found(
@@ -136,18 +139,18 @@ class Steerer:
     ) -> list[SpanSteering]:
         tables, starts, (span, first) = self._tables, step.row_starts, run[0]
         rows = slice(starts[span], starts[run[-1][0] + 1])
-        count = len(first.reported[layer])
+        count = max(len(one.reported[layer]) for _, one in run)
         before = tables.activation(layer)[rows, :count]
         if len(run) == 1:
             assert first.entry is not None
             after = tables.activation_after(layer, first.entry, count, x[rows])
         else:
             after = tables.activations_after(layer, rows, count, x[rows])
-        both = torch.cat([before, after], dim=1)
+        both = torch.stack([before, after], dim=1)
         split = both.split(1) if len(run) > 1 else (both,)
         return [
-            SpanSteering(span, starts[span], layer, one.reported[layer], one.steering.rules, rows)
-            for (span, one), rows in zip(run, split, strict=True)
+            SpanSteering(span, starts[span], layer, one.reported[layer], one.steering.rules, found)
+            for (span, one), found in zip(run, split, strict=True)
         ]
 
     def ran(self) -> None:
@@ -195,7 +198,8 @@ class Steerer:
 
     def _vector(self, slot: Slot) -> Vector:
         if slot.feature is not None:
-            return feature_vector(self._saes[slot.layer], slot.feature)
+            sink_norm = self._sink_norms.get(slot.layer, math.inf)
+            return feature_vector(self._saes[slot.layer], slot.feature, sink_norm)
         assert slot.direction is not None
         return direction_vector(self._directions[slot.direction])
 

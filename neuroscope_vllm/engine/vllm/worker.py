@@ -104,7 +104,12 @@ def observe(
     steerer = None
     if hook.steering is not None:
         directions = {name: one.read() for name, one in settings.operator.directions.items()}
-        steerer = Steerer(hook.steering, saes, directions)
+        sink_norms = {
+            site.layer: Calibration.load(site.calibration).sink_norm
+            for site in settings.sites
+            if site.calibration is not None
+        }
+        steerer = Steerer(hook.steering, saes, directions, sink_norms)
     test, passes = _nothing()
     if get_tensor_model_parallel_rank() == 0 and saes:
         built = [
