@@ -253,6 +253,7 @@ class Hub:
                 if self.join.ended(internal_id):
                     continue
                 self._on_started(one.started, now, retold=True)
+            self._catch_up_steering(one.started)
             if one.cached_tokens is not None:
                 self._on_scheduled(internal_id, one.cached_tokens, now)
             if internal_id in self._open and not self._open[internal_id].choice.finished:
@@ -266,11 +267,31 @@ class Hub:
                 )
                 self._on_sampled(sampled, now)
 
+    def _catch_up_steering(self, started: wire.RequestStarted) -> None:
+        """The word that a choice is steered otherwise may have been lost."""
+        opened, position = self._open.get(started.internal_id), started.edited_from
+        if opened is None or position is None or opened.choice.is_edited_by(started.edit_salt):
+            return
+        self._steer(
+            opened,
+            wire.SteeringChanged(
+                "",
+                started.internal_id,
+                position=position,
+                salt=started.edit_salt,
+                steering=started.steering,
+            ),
+        )
+
+    def _steer(self, opened: _Open, changed: wire.SteeringChanged) -> None:
+        assert changed.position is not None
+        opened.choice.edit_from(changed.position, changed.salt)
+        self._publish(opened.trace, [opened.narrator.steering(changed)])
+
     def _on_steering_changed(self, changed: wire.SteeringChanged) -> None:
         opened = self._open.get(changed.internal_id)
         if opened is not None and changed.error is None and changed.position is not None:
-            opened.choice.edit_from(changed.position, changed.salt)
-            self._publish(opened.trace, [opened.narrator.steering(changed)])
+            self._steer(opened, changed)
         self.commands.answered(changed)
 
     def _on_features(self, message: wire.StepFeatures, now: float) -> None:

@@ -52,6 +52,9 @@ class Side:
     def get(self, path: str, **options: Any) -> httpx.Response:
         return http.get(self.base + path, **options)
 
+    def put(self, path: str, body: object) -> httpx.Response:
+        return http.put(self.base + path, json=body)
+
     def counters(self) -> dict[str, int]:
         return self.get("/v1/features/describe").json()["counters"]
 

@@ -233,3 +233,21 @@ def test_other_hosts_names_are_refused(side: Side):
     """A page elsewhere that rebinds its name to this address must not read the stream."""
     answer = side.get("/v1/requests", headers={"Host": "evil.example"})
     assert answer.status_code == 400
+
+
+def test_a_name_that_two_requests_bear_steers_neither(side: Side, engine: FakeEngine):
+    steps = Script(pause_s=0.3)
+    with ThreadPoolExecutor(2) as pool:
+        both = [
+            pool.submit(engine.run, "chatcmpl-shared", [1], list(range(8)), steps) for _ in range(2)
+        ]
+        running = wait_until(
+            lambda: len(side.get("/v1/requests/shared").json().get("choices", [])) == 2
+        )
+        answer = side.put("/v1/requests/shared/steering", {"steer": []})
+        assert running
+        ids = [one.result() for one in both]
+    assert answer.status_code == 409
+    message = answer.json()["error"]["message"]
+    assert "2 running requests are called 'shared'" in message
+    assert all(internal_id in message for internal_id in ids)

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from starlette.types import Message
@@ -245,3 +246,49 @@ def test_a_resync_opens_what_runs_and_ends_what_does_not():
     assert "error" in [e.name for e in gone.read(0, 100)]
     [new] = hub.traces.find("new")
     assert new.finished_at is None
+
+
+LATER = [list(range(100, 148)), list(range(200, 220))]
+"""A prompt of three blocks of the prefix cache, and an answer of more than one."""
+
+
+def cached_of_another(hub: Hub) -> int:
+    """Positions of an unsteered request with the same tokens that come with features from the hub's
+    cache, were vLLM to serve them all from its own."""
+    tokens = [*LATER[0], *LATER[1][:16]]
+    other = Ids("other", "other", [*tokens, 7], [8])
+    for message in messages(other, Script(cached=len(tokens))):
+        hub.handle(wire.decode(wire.encode(message)))
+    (trace,) = hub.traces.find("other")
+    told = [json.loads(event.json) for event in trace.read(0, 1000) if event.name == "prompt"]
+    cached = [one for one in told if one.get("cached")]
+    assert len(cached) == len(tokens)
+    return sum(one["features_at"] is not None for one in cached)
+
+
+@pytest.mark.parametrize("how", ["in time", "overtaken by its rows", "lost", "never"])
+def test_what_ran_under_a_change_is_nobody_elses(how: str) -> None:
+    hub = Hub(Settings(), "m")
+    ids = Ids("mine", "mine", *LATER)
+    changed = wire.SteeringChanged(
+        "c", "mine", position=40, salt=b"s", steering={"edits": ["x"], "doses": {}, "warnings": []}
+    )
+    sent = [wire.decode(wire.encode(message)) for message in messages(ids, Script())]
+    started = next(one for one in sent if isinstance(one, wire.RequestStarted))
+    for message in sent[:-4]:  # it still runs
+        if how == "in time" and isinstance(message, wire.StepFeatures):
+            hub.handle(changed)
+            how = "told"
+        hub.handle(message)
+    if how == "overtaken by its rows":
+        hub.handle(changed)
+    elif how == "lost":
+        told = msgspec.structs.replace(
+            started, edited_from=40, edit_salt=b"s", steering=changed.steering
+        )
+        hub.handle(wire.Resync("fake", [wire.Live(told, [], 0)]))
+        hub.handle(wire.Resync("fake", [wire.Live(told, [], 0)]))
+    (trace,) = hub.traces.find("mine")
+    events = [event for event in trace.read(0, 1000) if event.name == "steering"]
+    assert len(events) == (how != "never")
+    assert cached_of_another(hub) == (64 if how == "never" else 32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from typing import Any
 
 import msgspec
@@ -14,6 +15,7 @@ from neuroscope_vllm.server.errors import ApiError
 from neuroscope_vllm.server.hub import Hub
 
 MAX_BODY = 1 << 16
+_PARENT = re.compile(r"^\d+_")  # what vLLM puts before the id of a choice under n > 1
 
 router = APIRouter(prefix="/v1/requests", tags=["requests"])
 
@@ -60,6 +62,14 @@ async def _steer(request: Request, request_id: str, asked: SteeringSpec | None) 
             409 if known else 404,
             f"request {request_id!r} {'has ended' if known else 'is not known here'}; only one that"
             " runs can be steered. GET /v1/requests lists what is kept.",
+            "request_id",
+        )
+    parents = {_PARENT.sub("", internal_id) for internal_id, _ in running}
+    if len(parents) > 1:
+        raise ApiError(
+            409,
+            f"{len(parents)} running requests are called {request_id!r}; name one by its internal"
+            f" id: {', '.join(sorted(parents)[:8])}.",
             "request_id",
         )
     answers = await asyncio.gather(*(_steer_one(hub, *one, asked) for one in running))
