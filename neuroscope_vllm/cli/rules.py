@@ -28,7 +28,8 @@ how active another one was: such tokens are counted as unknown. Serve with a lar
 --ranking activation, to have fewer.
 
 --json prints a list with an object for each rule and choice: rule, request_id, choice, tokens,
-unknown, hits (position, token and activation), steered (positions) and stops_at.
+unknown, hits (position, token and activation), steered (positions), stops_at, and surely: whether
+no token before the first hit is unknown.
 """
 
 
@@ -143,6 +144,11 @@ def _print(found: Sequence[DryRun]) -> None:
             str(one.unknown),
             Text(met or ("unknown" if one.unknown else "never")),
             f"{len(one.steered)} tokens" if one.steered else "",
-            "" if one.stops_at is None else str(one.stops_at),
+            "" if one.stops_at is None else f"{'' if one.surely else '≤ '}{one.stops_at}",
         )
     Console().print(table)
+    if 2 * sum(one.unknown for one in found) > sum(one.tokens for one in found):
+        Console(stderr=True).print(
+            "Of most tokens the traces do not say how active the features were; serve with a larger"
+            " --top-k and --ranking activation while you record."
+        )

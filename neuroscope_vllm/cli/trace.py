@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,8 @@ def command(
     **options: Any,
 ) -> None:
     features = [_feature(text) for text in asked]
+    if max_cosine is not None and math.isnan(max_cosine):
+        raise click.UsageError("--max-cosine nan is no number; give one from -1 to 1.")
     if features and check_ablations is not None:
         raise click.UsageError("--check-ablations draws its own features; leave --feature out.")
     if output is not None:

@@ -7,17 +7,25 @@ In an HTTP body it is JSON inside `vllm_xargs`, whose values must be strings or 
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import difflib
+import re
+from typing import Any, Literal, get_args
 
 import msgspec
 
-from neuroscope_vllm.core.steering.spec import SteeringSpec
+from neuroscope_vllm.core.steering.spec import Op, Positions, SteeringSpec, Unit
 
 KEY = "neuroscope"
-_EXPECTED = (
-    'give a JSON object in a string, as in "{\\"steer\\": [{\\"op\\": \\"add\\", \\"feature\\": 12,'
-    ' \\"value\\": 40}]}"; known are prompt_features (available or all), steer, preset and rules'
+_EXAMPLE = (
+    'a JSON object in a string, as in "{\\"steer\\": [{\\"op\\": \\"add\\", \\"feature\\": 12,'
+    ' \\"value\\": 40}]}"'
 )
+_EXPECTED = (
+    f"give {_EXAMPLE}; known are prompt_features (available or all), steer, preset and rules"
+)
+_CHOICES = {"op": get_args(Op), "unit": get_args(Unit), "positions": get_args(Positions)}
+_INSIDE = ("steer", "preset", "rules", "prompt_features")
+"""What stands a level too high where it is an extra argument of its own."""
 
 
 class RequestOptions(SteeringSpec, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -29,6 +37,13 @@ class RequestOptions(SteeringSpec, frozen=True, forbid_unknown_fields=True, kw_o
 
 def request_options(extra_args: dict[str, Any] | None) -> RequestOptions:
     """Raises ValueError, one sentence that names the field, on anything but known options."""
+    for name in extra_args or {}:
+        if name == KEY or name.startswith(f"{KEY}_"):  # the engine's own notes
+            continue
+        if name in _INSIDE or difflib.get_close_matches(name, [KEY], 1, 0.85):
+            raise ValueError(
+                f"vllm_xargs.{name} is nothing we know; did you mean {KEY}? Give it {_EXAMPLE}."
+            )
     given = (extra_args or {}).get(KEY)
     if given is None:
         return RequestOptions()
@@ -37,6 +52,14 @@ def request_options(extra_args: dict[str, Any] | None) -> RequestOptions:
             return msgspec.json.decode(given, type=RequestOptions)
         return msgspec.convert(given, RequestOptions)
     except msgspec.ValidationError as error:
-        raise ValueError(f"vllm_xargs.{KEY}: {error}; {_EXPECTED}.") from None
+        raise ValueError(f"vllm_xargs.{KEY}: {error}; {_known(str(error))}.") from None
     except (msgspec.DecodeError, UnicodeError) as error:
         raise ValueError(f"vllm_xargs.{KEY} is not JSON ({error}); {_EXPECTED}.") from None
+
+
+def _known(error: str) -> str:
+    """What to do about an error of msgspec's, which ends with the field's path."""
+    field = re.search(r"\.(\w+)`$", error)
+    if error.startswith("Invalid enum value") and field is not None and field[1] in _CHOICES:
+        return f"known are {', '.join(_CHOICES[field[1]])}"
+    return _EXPECTED

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -418,3 +419,31 @@ def test_a_condition_that_every_token_meets_is_refused() -> None:
     rule = {"when": {"layer": 20, "feature": 3, "above": -0.5}, "tag": "t"}
     with pytest.raises(SteeringRefused, match=r"rules\[0\]\.when\.above: every token meets -0\.5"):
         settle(msgspec.convert({"rules": [rule]}, SteeringSpec), CATALOGUE)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"steer": "[]"}, "vllm_xargs.steer is nothing we know; did you mean neuroscope"),
+        ({"neuroscop": "{}"}, "vllm_xargs.neuroscop is nothing we know"),
+        ({"neuroscope": '{"steer": [{"op": "Add"}]}'}, "known are add, clamp, scale, ablate"),
+        ({"neuroscope": '{"steer": [{"op": "add", "unit": "sigma"}]}'}, "known are raw, max"),
+        ({"neuroscope": '{"steer": [{"op": "add", "zz": 1}]}'}, "zz"),
+    ],
+)
+def test_options_in_the_wrong_place_are_no_unsteered_answer(
+    given: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(ValueError, match=re.escape(said)):
+        request_options(given)
+    assert request_options({"other_plugin": 1, "neuroscope_n": {"n": 2}}) == RequestOptions()
+
+
+def test_a_change_of_unknown_size_is_said() -> None:
+    assert one({"op": "add", "value": 4, "layer": 5}).warnings == [
+        "how large the change of layer 5 is, is not known: its SAE has no calibration."
+    ]
+    tag = {"rules": [{"when": {"layer": 5, "feature": 1, "above": 1}, "tag": "t"}]}
+    found = settle(msgspec.convert(tag, SteeringSpec), CATALOGUE)
+    assert found is not None
+    assert found.warnings == []

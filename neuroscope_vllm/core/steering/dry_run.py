@@ -31,7 +31,8 @@ class DryRun(msgspec.Struct, frozen=True, kw_only=True):
             features of each token only, and some were active beside them.
         hits: Tokens that meet the condition. In reality none follows one that steers or stops.
         steered: Positions at which its edits would be in force.
-        stops_at: Position of the token that ends the answer.
+        stops_at: Position of the token that ends the answer, of those that are known.
+        surely: Whether none before the first hit is unknown.
     """
 
     rule: str
@@ -42,6 +43,7 @@ class DryRun(msgspec.Struct, frozen=True, kw_only=True):
     hits: list[Hit]
     steered: list[int]
     stops_at: int | None
+    surely: bool
 
 
 def dry_run(steering: Steering, choices: Iterable[dict[str, Any]]) -> list[DryRun]:
@@ -62,11 +64,12 @@ def _one(steering: Steering, condition: Slot, choice: dict[str, Any]) -> DryRun:
         if event["event"] in TOKENS and event.get("layer") == condition.layer
     ]
     looked_at = [event for event in events if _looks(condition, event)]
-    hits, unknown = [], 0
+    hits, unknown, surely = [], 0, True
     for event in looked_at:
         activation = _activation(event, condition.feature)
         if activation is None:
             unknown += 1
+            surely = surely and bool(hits)
         elif activation > condition.above:
             hits.append(Hit(event["position"], event["token"], activation))
     edits = [slot for slot in steering.slots if slot.gate == condition.meets]
@@ -80,6 +83,7 @@ def _one(steering: Steering, condition: Slot, choice: dict[str, Any]) -> DryRun:
         hits=hits,
         steered=_in_force(hits, rule.last, condition.layer, edits, generated),
         stops_at=hits[0].position if hits and rule.stop else None,
+        surely=surely,
     )
 
 

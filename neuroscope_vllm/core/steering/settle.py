@@ -263,7 +263,11 @@ class _Settling:
                 )
             if dose > operator.warn_dose:
                 found.append(f"{size}; past {operator.warn_dose:g} text often falls apart.")
-        return found
+        edited = {slot.layer for slot in self._slots if slot.writes}
+        return found + [
+            f"how large the change of layer {layer} is, is not known: its SAE has no calibration."
+            for layer in sorted(edited - self._doses().keys())
+        ]
 
 
 def _feature(feature: int | None, site: Site, where: str) -> int:

@@ -41,7 +41,7 @@ class Oracle:
         if self._wanted[-1] >= len(self._layers):
             raise ConfigError(
                 f"model {model} has {len(self._layers)} layers but layer {self._wanted[-1]} is"
-                " observed; give the model that the server runs with --model."
+                " observed; give with --model the one that they were trained on."
             )
         self.num_layers = len(self._layers)
         # The layers above change nothing below them, and need not run.
@@ -115,7 +115,7 @@ def load_whole(model: str) -> tuple[Any, Any]:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         raise ConfigError(
             f"model {model} can not be loaded with transformers ({reason}); give the folder or hub"
-            " id of the model that the server runs with --model."
+            " id of one with --model."
         ) from error
     return whole.eval(), tokenizer
 
