@@ -41,7 +41,7 @@ def command(model: str, **flags: Any) -> None:
             from neuroscope_vllm.core.sae.observed import named
 
             settings = named(settings, model)
-        launch.check_bind(settings)
+        launch.check_side(settings)
         listener = launch.listen(settings.features_host, settings.features_port)
         config = launch.SideConfig(
             settings=settings,

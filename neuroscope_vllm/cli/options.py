@@ -41,6 +41,14 @@ _FLAGS = [
     click.option("--features-port", type=int, help="Port of the feature stream (8081)."),
     click.option("--hub", help="Hub that runs apart: tcp://host:port or ipc://path."),
     click.option("--hub-keys", help="Key file of a tcp:// hub."),
+    click.option("--record", metavar="DIR", help="Record finished requests in this folder."),
+    click.option("--record-rate", type=float, help="Share of requests to record (1)."),
+    click.option("--record-days", type=int, help="Days that recorded requests are kept (0: all)."),
+    click.option(
+        "--record-redact",
+        type=click.Choice(["none", "text"]),
+        help="text: record features without the texts and ids of tokens.",
+    ),
     click.option("--config", type=click.Path(), help="YAML file with any of these settings."),
 ]
 

@@ -28,6 +28,8 @@ CACHE_VARIABLE = "NEUROSCOPE_CACHE"
 _NOT_SETTINGS = {CONFIG_FILE_VARIABLE, RUNTIME_VARIABLE, CACHE_VARIABLE, DATA_VARIABLE}
 
 Ranking = Literal["zscore", "tail", "quantile", "activation"]
+Redact = Literal["none", "text"]
+"""What is left out of a recording; `text`: the texts and ids of tokens."""
 
 
 class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -64,6 +66,15 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     memory_mb: int = 256
     """Ceiling of the hub's memory for kept events, MiB."""
 
+    record: str | None = None
+    """Folder where finished requests are recorded; default: nothing is."""
+    record_rate: float = 1.0
+    """Share of requests that are recorded."""
+    record_days: int = 0
+    """Days that recorded requests are kept; 0: for ever."""
+    record_redact: Redact = "none"
+    """`text`: record features without the texts and ids of tokens."""
+
     def __post_init__(self) -> None:
         if not 1 <= self.top_k <= 128:
             raise ConfigError(f"top_k is {self.top_k}; it must lie between 1 and 128.")
@@ -74,6 +85,12 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         for name in ("trace_requests", "memory_mb"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        if not 0 < self.record_rate <= 1:
+            raise ConfigError(
+                f"record_rate is {self.record_rate}; it must lie above 0 and at most 1."
+            )
+        if self.record_days < 0:
+            raise ConfigError(f"record_days is {self.record_days}; days kept, or 0 for ever.")
         _check_hub(self.hub, self.hub_keys)
         if not 0 <= self.features_port <= 65535:
             raise ConfigError(f"features_port is {self.features_port}; ports end at 65535.")

@@ -5,6 +5,7 @@
     │   └── LockError      a lock file that is damaged, or is not what was asked or is there
     ├── SAEError           (ValueError) an SAE that is missing, damaged, unknown or does not fit
     ├── EngineError        an engine did not start, or failed while it ran
+    ├── ServerError        a running server refused something, or does not answer
     └── DownloadError      the Hugging Face hub did not give something, or did not take it
         ├── GatedError          its terms were not accepted
         ├── NoRepositoryError   there is none of that name, or it is private
@@ -38,6 +39,25 @@ class SAEError(NeuroscopeError, ValueError):
 
 class EngineError(NeuroscopeError):
     """An engine did not start, or failed while it ran."""
+
+
+class ServerError(NeuroscopeError):
+    """A running server refused something, does not answer, or is something else.
+
+    Attributes:
+        status: Of its HTTP answer; None: there was none.
+        param, code: As in OpenAI's error object, what the server says of the reason.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        status: int | None = None,
+        param: str | None = None,
+        code: str | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.param, self.code = status, param, code
 
 
 class DownloadError(NeuroscopeError):

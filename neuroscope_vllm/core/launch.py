@@ -25,6 +25,7 @@ import msgspec
 from neuroscope_vllm.core.config import RUNTIME_VARIABLE, Settings
 from neuroscope_vllm.core.errors import ConfigError
 from neuroscope_vllm.core.labels import load_labels, stored_labels
+from neuroscope_vllm.core.recording.folder import prepare
 
 logger = logging.getLogger(__name__)
 
@@ -111,6 +112,16 @@ class SideProcess:
             self._spawn()
 
 
+def check_side(settings: Settings) -> None:
+    """Raise ConfigError if a side process could not serve, or not record, as it is to.
+
+    Makes the folder of a recording.
+    """
+    check_bind(settings)
+    if settings.record is not None:
+        prepare(settings.record)
+
+
 def check_bind(settings: Settings) -> None:
     """Raise ConfigError if features would be served beyond this machine: there are no keys yet."""
     host = settings.features_host
@@ -189,9 +200,9 @@ def launch(
 ) -> SideProcess:
     """Start the side process for this front process and everything it spawns.
 
-    Raises ConfigError where `check_bind` does.
+    Raises ConfigError where `check_side` does.
     """
-    check_bind(settings)
+    check_side(settings)
     config = SideConfig(
         settings=settings,
         endpoint=endpoint_of(directory),

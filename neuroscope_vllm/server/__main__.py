@@ -48,10 +48,9 @@ class SideServer(uvicorn.Server):
 
 
 async def serve(
-    config: SideConfig, listener: socket.socket, runtime_directory: Path | None
+    app: FastAPI, config: SideConfig, listener: socket.socket, runtime_directory: Path | None
 ) -> str | None:
     """Serve until told to end; returns why it never could, if so."""
-    app = create_app(config)
     options = uvicorn.Config(
         app,
         access_log=False,
@@ -83,13 +82,22 @@ async def _say_goodbye(server: SideServer, app: FastAPI, runtime_directory: Path
     hub.close("shutdown")
 
 
-def run(config: SideConfig, listener: socket.socket, runtime_directory: Path | None = None) -> None:
-    """Run the side process in this one. Exits with a sentence when it can not work alone."""
+def run(
+    config: SideConfig,
+    listener: socket.socket,
+    runtime_directory: Path | None = None,
+    app: FastAPI | None = None,
+) -> None:
+    """Run the side process in this one. Exits with a sentence when it can not work alone.
+
+    `app` is made from the same config; None: the one that engines connect to.
+    """
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     host, port = listener.getsockname()[:2]
     logger.info("neuroscope: features of %s on http://%s:%s", config.model, host, port)
-    if failure := asyncio.run(serve(config, listener, runtime_directory)):
+    app = app or create_app(config)
+    if failure := asyncio.run(serve(app, config, listener, runtime_directory)):
         sys.exit(f"neuroscope: {failure}")
 
 

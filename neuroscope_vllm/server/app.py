@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Protocol
 
 from fastapi import FastAPI
 from starlette.middleware.trustedhost import TrustedHostMiddleware
@@ -29,14 +30,27 @@ from neuroscope_vllm.server.routes import (
     stream,
 )
 
+if TYPE_CHECKING:
+    from neuroscope_vllm.server.recorder import Recorder
+
 logger = logging.getLogger(__name__)
 
 DESCRIPTION = "Sparse-autoencoder features of every token that vLLM serves, live."
 
 
-def create_app(config: SideConfig) -> FastAPI:
+class Feed(Protocol):
+    """What tells a hub of requests, on its event loop."""
+
+    def start(self) -> None: ...
+    def close(self) -> None: ...
+
+
+def create_app(config: SideConfig, feed: Callable[[Hub], Feed] | None = None) -> FastAPI:
     """`app.state`: hub; listening, whether engines can connect; failure, why they never will;
-    upstream, the client for vLLM or None."""
+    upstream, the client for vLLM or None; replay, whether `feed` tells what was recorded.
+
+    `feed` makes what feeds the hub; None: the engines that connect to `config.endpoint`.
+    """
     app = FastAPI(title="neuroscope", description=DESCRIPTION, lifespan=_lifespan)
     app.state.config = config
     app.state.hub = Hub(config.settings, config.model)
@@ -44,6 +58,8 @@ def create_app(config: SideConfig) -> FastAPI:
     app.state.failure = None
     app.state.upstream = proxy.client(config.upstream) if config.upstream else None
     app.state.cards = CardReader()
+    app.state.replay = feed is not None
+    app.state.feed = feed or (lambda hub: Ingest(hub, config.endpoint))
     errors.install(app)
     # A page elsewhere could otherwise rebind its own name to this address and read the stream.
     app.add_middleware(
@@ -74,8 +90,9 @@ async def _open(app: FastAPI) -> None:
     try:
         hub.tokenizer, labels = await asyncio.to_thread(_read_files, config)
         hub.set_labels(labels)
-        ingest = Ingest(hub, config.endpoint)
-        ingest.start()
+        recorder = _recorder(hub, config)
+        feed: Feed = app.state.feed(hub)
+        feed.start()
     except NeuroscopeError as error:
         app.state.failure = str(error)
         logger.error("neuroscope: %s", error)
@@ -88,7 +105,19 @@ async def _open(app: FastAPI) -> None:
     try:
         await asyncio.Future()
     finally:
-        ingest.close()
+        feed.close()
+        if recorder is not None:
+            await recorder.close()
+
+
+def _recorder(hub: Hub, config: SideConfig) -> Recorder | None:
+    if config.settings.record is None:
+        return None
+    from neuroscope_vllm.server.recorder import Recorder  # pyarrow takes 0.3 s and 50 MB
+
+    recorder = Recorder(hub, config)
+    recorder.start()
+    return recorder
 
 
 def _read_files(config: SideConfig) -> tuple[Tokenizer | None, dict[int, list[LabelSet]]]:

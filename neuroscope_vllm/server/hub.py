@@ -185,10 +185,7 @@ class Hub:
             started, self.model, self.label_of, self.unreliable, self.senders.dense, self.tokenizer
         )
         trace = Trace(internal_id, started.request_id, started.choice, started.created)
-        self.traces.open(trace)
-        for name in trace.aliases:
-            for reader in self._by_name.get(name, ()):
-                reader.attach(trace)
+        self.begin(trace)
         items = self.join.start(
             internal_id,
             narrator.prompt_ids,
@@ -323,6 +320,21 @@ class Hub:
 
     # Events
 
+    def begin(self, trace: Trace) -> None:
+        """Keep a choice from now on, and give it to the readers who wait for it."""
+        self.traces.open(trace)
+        for name in trace.aliases:
+            for reader in self._by_name.get(name, ()):
+                reader.attach(trace)
+
+    def retell(self, trace: Trace, event: Event) -> None:
+        """Tell the next event of a recorded choice, with the id that it had; `done` ends it."""
+        self._keep(trace, event)
+        if event.name == "done":
+            self.traces.finish(trace, time.monotonic())
+        self._touch(trace)
+        self._wake()
+
     def _tell(self, internal_id: str, items: list[Item], now: float) -> None:
         if not items:
             return
@@ -338,11 +350,17 @@ class Hub:
         prefix = self.epoch.encode()
         for name, layer, struct in named:
             seq = ring.end
-            event = Event.make(seq, name, layer, b"%b-%d" % (prefix, seq), encode(struct), trace)
-            ring.append(event)
-            self.traces.append(trace, event)
-            while ring.bytes > self._ring_bytes:
-                ring.drop_oldest()
+            id_ = b"%b-%d" % (prefix, seq)
+            self._keep(trace, Event.make(seq, name, layer, id_, encode(struct), trace))
+        self._touch(trace)
+
+    def _keep(self, trace: Trace, event: Event) -> None:
+        self.ring.append(event)
+        self.traces.append(trace, event)
+        while self.ring.bytes > self._ring_bytes:
+            self.ring.drop_oldest()
+
+    def _touch(self, trace: Trace) -> None:
         self._wake_all = True
         for name in trace.aliases:
             if readers := self._by_name.get(name):

@@ -6,15 +6,15 @@ never touches a reader's backlog, and being slow means that a cursor falls off t
 
 from __future__ import annotations
 
-import re
 from collections import OrderedDict
 from collections.abc import Iterator
 
 import msgspec
 
+from neuroscope_vllm.core.recording.record import aliases
+
 EVENT_OVERHEAD_BYTES = 400
 """Python objects around one kept event, measured generously."""
-_ANSWER_PREFIX = re.compile(r"^(chatcmpl-|cmpl-|resp_|generate-tokens-|generative-scoring-)")
 
 
 class Event(msgspec.Struct, gc=False, eq=False):
@@ -107,13 +107,6 @@ class Trace(Log):
         self.created = created
         self.finished_at: float | None = None
         self.aliases = aliases(request_id, internal_id)
-
-
-def aliases(request_id: str, internal_id: str) -> list[str]:
-    """Every id a reader may know a choice by: vLLM answers `chatcmpl-<X-Request-Id>`."""
-    return list(
-        dict.fromkeys([request_id, _ANSWER_PREFIX.sub("", request_id, count=1), internal_id])
-    )
 
 
 class TraceStore:

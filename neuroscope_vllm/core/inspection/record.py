@@ -38,7 +38,7 @@ class Token(msgspec.Struct, kw_only=True):
             return "special token"
         if self.sink:
             return "attention sink"
-        return None if self.features_at else "features lost"
+        return None if self.features_at else "no features: never run, or lost"
 
 
 class Site(msgspec.Struct, kw_only=True):

@@ -82,7 +82,7 @@ def create_engine_config(original: Any, engine_args: Any, *args: Any, **kwargs: 
         listener = None
         if serving and settings.hub is None and RUNTIME_VARIABLE not in os.environ:
             # Before vLLM's own work: a taken port should not cost a model download.
-            launch.check_bind(settings)
+            launch.check_side(settings)
             listener = launch.listen(settings.features_host, settings.features_port)
         vllm_config = original(engine_args, *args, **kwargs)
         check_served(vllm_config)

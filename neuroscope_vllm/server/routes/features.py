@@ -10,6 +10,7 @@ from fastapi import APIRouter, Query, Request
 from pydantic import BaseModel, ConfigDict, Field
 
 from neuroscope_vllm.core.cards.record import Card, Neighbour, Wanted
+from neuroscope_vllm.core.config import Settings
 from neuroscope_vllm.core.errors import ConfigError
 from neuroscope_vllm.core.labels import Label, LabelSet
 from neuroscope_vllm.core.wire import Site
@@ -87,6 +88,8 @@ async def describe(request: Request) -> dict[str, Any]:
         "top_k": settings.top_k,
         "special_token_ids": special_ids(hub.tokenizer),
         "labellers": [_coverage(layer, one, sites) for layer, one in _label_sets(hub)],
+        "recording": _recording(settings),
+        "replay": request.app.state.replay,
         "limits": {
             "trace_requests": settings.trace_requests,
             "memory_mb": settings.memory_mb,
@@ -99,6 +102,17 @@ async def describe(request: Request) -> dict[str, Any]:
         "warnings": sorted({text for sender in senders for text in sender["warnings"]}),
         "senders": senders,
         "counters": {**hub.counters, **hub.join.counters},
+    }
+
+
+def _recording(settings: Settings) -> dict[str, Any] | None:
+    """What people who chat should know: that it is kept, how long, and whether with their words."""
+    if settings.record is None:
+        return None
+    return {
+        "rate": settings.record_rate,
+        "days": settings.record_days,
+        "redact": settings.record_redact,
     }
 
 

@@ -1,0 +1,234 @@
+"""The client of a running server."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import httpx
+from httpx_sse import connect_sse
+
+from neuroscope_vllm.client import calls
+from neuroscope_vllm.client.calls import Call, Steering
+from neuroscope_vllm.client.following import PATH, PATIENCE_S, RETOLD_S, Event, Following
+from neuroscope_vllm.client.records import Card, Described, Label, Steered
+from neuroscope_vllm.client.trace import Trace
+
+if TYPE_CHECKING:
+    from openai import OpenAI
+
+    from neuroscope_vllm.client.wrap import Background
+
+T = TypeVar("T")
+OpenAIClient = TypeVar("OpenAIClient", bound="OpenAI")
+
+POLL_S = 0.05
+TRACE_WAIT_S = 30.0
+
+
+class Client:
+    """A server's feature stream, and what it knows of requests and features.
+
+        client = Client()
+        for event in client.stream("my-chat"):
+            if isinstance(event, TokenEvent):
+                print(event.token, event.top_features[:3])
+
+    What the server refuses, or that it does not answer, is a ServerError of one sentence, from
+    every method. May be shared by threads. Close it, or use it as a context manager.
+
+    Attributes:
+        features: What features mean: `get` and `search`.
+        url: Of the features port, without a slash at its end.
+    """
+
+    def __init__(self, url: str = "http://127.0.0.1:8081", api_key: str | None = None) -> None:
+        """Connects to nothing yet.
+
+        Args:
+            url: Of the server's features port.
+            api_key: vLLM's.
+        """
+        self.url = url.rstrip("/")
+        self.api_key = api_key
+        with calls.reached(self.url):
+            self._http = httpx.Client(base_url=self.url, **calls.http_options(api_key))
+        self.features = Features(self)
+        self._described: Described | None = None
+        self._background: Background | None = None
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close all connections. Streams that others still read end with the next that comes."""
+        self._http.close()
+        if self._background is not None:
+            self._background.close()
+
+    def stream(
+        self, request_id: str | None = None, *, patience: float = PATIENCE_S, **view: Any
+    ) -> Iterator[Event]:
+        """Events as they come: of one request from its begin to its end, or of all from now on.
+
+        A stream that breaks off is resumed where it was, also when the side process was started
+        again: nothing comes twice, and what is missing is a GapEvent. A request may be streamed
+        before it is sent.
+
+        Args:
+            request_id: Any id of the request: that of the answer, or the X-Request-Id sent.
+            patience: Seconds for which to try again when a stream that was there is not.
+            view: As in the stream's query: layer, top_k, dense, include, align.
+
+        Raises ServerError: as said above, at the first `next`.
+        """
+        following = Following(self.url, request_id, view, patience)
+        while True:
+            try:
+                asked = following.request()
+                with connect_sse(self._http, "GET", PATH, **asked) as got:
+                    if got.response.status_code != 200:
+                        got.response.read()
+                    if not following.connected(got.response):
+                        return
+                    for sse in got.iter_sse():
+                        if (event := following.hear(sse)) is not None:
+                            yield event
+                        if following.lost:
+                            self._wait_retold(following)
+                if following.over():
+                    return
+            except httpx.TransportError as error:
+                following.broke(error)
+            time.sleep(following.pause())
+            if self._http.is_closed:
+                return
+
+    def trace(self, request_id: str, *, wait: float = TRACE_WAIT_S) -> Trace:
+        """All that is kept of a request.
+
+        The features of an answer's last tokens may come a moment after the answer, so this waits
+        for the request's end, for `wait` seconds at most; 0: tell what is known now.
+        """
+        special = self.describe().special_token_ids
+        deadline = time.monotonic() + wait
+        while True:
+            response = self._get(f"/v1/requests/{calls.quoted(request_id)}")
+            late = time.monotonic() >= deadline
+            # 404: the side process has not heard of it yet.
+            if response.status_code != 404 or late:
+                with calls.reached(self.url):
+                    trace = Trace.decode(calls.checked(response), special)
+                if trace.finished or late:
+                    return trace
+            time.sleep(POLL_S)
+
+    def inspect(self, text: str, chat: bool = False) -> Trace:
+        """The features of a text, from the server's model; without an answer.
+
+        Args:
+            text: What the model reads.
+            chat: It is a user's message, and goes through the chat template.
+        """
+        request_id = self._ask(calls.inspect(text, chat, self.describe().model))
+        return self.trace(request_id).prompts_only()
+
+    def steer(self, request_id: str, spec: Steering | None) -> Steered:
+        """Steer a request that runs from now on as `spec` says, in place of what was; None: no
+        more.
+
+        Args:
+            spec: As in `vllm_xargs.neuroscope`: {"steer": [...], "preset": ..., "rules": [...]}.
+        """
+        return self._ask(calls.steer(request_id, spec))
+
+    def wrap(self, openai: OpenAIClient) -> OpenAIClient:
+        """A copy of an OpenAI client whose chat and text completions carry their features.
+
+        Each answer, and each chunk of a streamed one, has `features`: a TokenEvent for each of its
+        tokens and observed layers. A chunk's tokens are those whose text it completes, so the
+        texts of both, joined, are the same; characters made of several tokens, stop strings and
+        n > 1 included. Where a parser of vLLM's takes tool calls or reasoning out of the text,
+        tokens come with the chunk that is due when they are known. Chunks wait for their features,
+        about a step of the model. `features` is None where they did not come within 10 s, or the
+        server is away: no answer fails or ends for want of them.
+
+        Type checkers do not know the attribute; `features_of` returns it typed.
+
+        Args:
+            openai: openai.OpenAI with `base_url` at vLLM's port or ours.
+        """
+        from neuroscope_vllm.client.wrap import wrapped
+
+        return wrapped(self, openai)
+
+    def background(self) -> Background:
+        """The thread that reads streams for wrapped clients; started when first asked for."""
+        from neuroscope_vllm.client.wrap import Background
+
+        if self._background is None:
+            self._background = Background(self)
+        return self._background
+
+    def describe(self) -> Described:
+        """What the server observes: model, layers, SAEs. Asked once."""
+        if self._described is None:
+            self._described = self._ask(calls.describe())
+        return self._described
+
+    def _ask(self, call: Call[T]) -> T:
+        with calls.reached(self.url):
+            response = self._http.request(
+                call.method, call.path, params=call.params, json=call.body, headers=call.headers
+            )
+            return call.parse(calls.checked(response))
+
+    def _get(self, path: str) -> httpx.Response:
+        with calls.reached(self.url):
+            return self._http.get(path)
+
+    def _wait_retold(self, following: Following) -> None:
+        """Raises ServerError: nothing is known of the request any more."""
+        assert following.request_id is not None
+        path = f"/v1/requests/{calls.quoted(following.request_id)}"
+        deadline = time.monotonic() + RETOLD_S
+        while self._http.get(path).status_code == 404:
+            if time.monotonic() > deadline:
+                raise following.forgotten()
+            time.sleep(POLL_S)
+        following.lost = False
+
+
+class Features:
+    """What features mean."""
+
+    def __init__(self, client: Client) -> None:
+        self._ask = client._ask  # pyright: ignore[reportPrivateUsage]
+
+    def get(self, index: int, layer: int | None = None) -> Card:
+        """The feature's card; `layer` may be left out where one is served. The first one takes a
+        second or more, as weights are read."""
+        return self._ask(calls.card(index, layer))
+
+    def search(
+        self,
+        q: str | None = None,
+        *,
+        index: int | None = None,
+        layer: int | None = None,
+        labeller: str | None = None,
+        limit: int = 20,
+    ) -> list[Label]:
+        """Labels that hold every word of `q`, best first; all of a feature with `index` alone."""
+        query = {"index": index, "layer": layer, "labeller": labeller, "limit": limit}
+        return self._ask(calls.labels(q, **query))
