@@ -14,7 +14,6 @@ from neuroscope_vllm.core.errors import ConfigError
 from neuroscope_vllm.core.labels import Label, LabelSet
 from neuroscope_vllm.engine.fake import FakeEngine, Script
 from tests.server.side import Side, wait_until
-from tests.support.browser import CHROMIUM, opened
 
 
 def test_labels(side: Side, engine: FakeEngine):
@@ -165,50 +164,6 @@ def test_errors_have_openais_shape(side: Side, path: str, status: int, kind: str
     assert answer.status_code == status
     assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
     assert answer.json()["error"]["type"] == kind
-
-
-def test_the_page_allows_nothing_but_itself(side: Side):
-    answer = side.get("/")
-    policy = answer.headers["content-security-policy"]
-    assert "default-src 'none'" in policy
-    assert "unsafe" not in policy
-    assert "http" not in policy
-    assert "://" not in answer.text
-    assert " on" + "click=" not in answer.text
-
-
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
-def test_the_page_marks_unreliable_labels(side: Side, engine: FakeEngine, tmp_path: Path):
-    token = next(t for t in range(16384) if (t * 31 + 20 + 7) % 16384 == 7)  # at position 1
-    with opened(f"{side.base}/", tmp_path / "profile") as page:
-        engine.run("doubted", [11, token], [1, 2])
-        side.wait_done("doubted")
-        wait_until(lambda: page.run("document.querySelectorAll('.t').length") >= 4)
-        page.run("document.querySelectorAll('.t')[1].click()")
-        found = (
-            "[...document.querySelectorAll('#features .doubt')].map(e => [e.textContent, e.title])"
-        )
-        assert page.run(found) == [
-            ["rivers and lakes ?", "unreliable: this label scored little better than chance"]
-        ]
-
-
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
-def test_the_page_follows_a_token_through_the_layers(new_side: Callable[..., Side], tmp_path: Path):
-    side = new_side()
-    layers = "[...document.querySelectorAll('#features h3')].map(e => e.textContent)"
-    with (
-        FakeEngine(side.endpoint, layers=(5, 20), top_k=3) as engine,
-        opened(f"{side.base}/", tmp_path / "profile") as page,
-    ):
-        side.wait_armed()
-        engine.run("deep", [11, 12], [1, 2, 3])
-        side.wait_done("deep")
-        wait_until(lambda: page.run("document.querySelectorAll('.t').length") == 5)
-        page.run("document.querySelectorAll('.t')[2].click()")
-        assert [one.split(" · ")[0] for one in page.run(layers)] == ["layer 5", "layer 20"]
-        assert page.run("document.querySelectorAll('#features ol').length") == 2
-        assert page.run("document.querySelectorAll('#features li').length") == 6
 
 
 def test_docs_and_version(side: Side):

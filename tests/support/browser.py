@@ -119,3 +119,16 @@ def opened(file: Path | str, profile: Path) -> Iterator[Page]:
     finally:
         child.terminate()
         child.wait(20)
+
+
+@contextmanager
+def playwright() -> Iterator[Any]:
+    """Playwright's browser, which is this machine's Chromium: for pages that are worked with, not
+    just looked at."""
+    from playwright.sync_api import sync_playwright
+
+    assert CHROMIUM is not None
+    with sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()

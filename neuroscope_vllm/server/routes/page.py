@@ -1,39 +1,92 @@
-"""GET /: the live page, one static file."""
+"""GET / and /static/…: the live page; GET /export/{request_id}: a trace as one HTML file."""
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import re
+import asyncio
 from functools import cache
 from importlib import resources
+from pathlib import PurePosixPath
+from urllib.parse import quote
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Request, Response
+
+from neuroscope_vllm.core.recording.page import html_page
+from neuroscope_vllm.core.recording.record import About, of_answer
+from neuroscope_vllm.server.detokenize import special_ids
+from neuroscope_vllm.server.errors import ApiError
+from neuroscope_vllm.server.hub import Hub
+from neuroscope_vllm.server.routes import requests
+
+TYPES = {
+    ".css": "text/css",
+    ".html": "text/html",
+    ".js": "text/javascript",
+    ".svg": "image/svg+xml",
+}
+POLICY = (
+    "default-src 'none'; connect-src 'self'; script-src 'self'; style-src 'self'; img-src 'self';"
+    " base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+HEADERS = {
+    "content-security-policy": POLICY,
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cache-control": "no-cache",  # an upgraded server must not run half of an old page
+}
 
 router = APIRouter(include_in_schema=False)
 
 
 @router.get("/")
 async def page() -> Response:
-    html, policy = _page()
-    headers = {"content-security-policy": policy, "x-content-type-options": "nosniff"}
+    return _file("index.html")
+
+
+@router.get("/static/{name:path}")
+async def static(name: str) -> Response:
+    return _file(name)
+
+
+@router.get("/export/{request_id:path}")
+async def export(request: Request, request_id: str) -> Response:
+    """All choices of a kept request as one HTML file that asks the network for nothing."""
+    hub: Hub = request.app.state.hub
+    kept = await requests.trace(request, request_id)
+    about = About(
+        model=hub.model,
+        sites=hub.senders.sites(),
+        special_token_ids=special_ids(hub.tokenizer),
+    )
+    html = await asyncio.to_thread(_one_file, about, bytes(kept.body), str(request.base_url))
+    name = quote(f"{request_id}.html", safe="")
+    headers = {
+        "content-disposition": f"attachment; filename*=UTF-8''{name}",
+        "x-content-type-options": "nosniff",
+    }
     return Response(html, media_type="text/html", headers=headers)
 
 
+def _one_file(about: About, kept: bytes, source: str) -> str:
+    return html_page(about, [trace for trace, _ in of_answer(kept)], source)
+
+
+def _file(name: str) -> Response:
+    content = _files().get(name)
+    if content is None:
+        raise ApiError(404, f"the page has no file {name!r}.")
+    return Response(content, media_type=TYPES[PurePosixPath(name).suffix], headers=HEADERS)
+
+
 @cache
-def _page() -> tuple[str, str]:
-    """The page, and a policy that allows its own script and style and nothing else."""
-    html = resources.files("neuroscope_vllm.server").joinpath("static/index.html").read_text()
-    script, style = (_hash(html, tag) for tag in ("script", "style"))
-    policy = (
-        f"default-src 'none'; connect-src 'self'; script-src {script}; style-src {style};"
-        " base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    )
-    return html, policy
-
-
-def _hash(html: str, tag: str) -> str:
-    match = re.search(rf"<{tag}>(.*?)</{tag}>", html, re.DOTALL)
-    assert match is not None, tag
-    digest = hashlib.sha256(match[1].encode()).digest()
-    return f"'sha256-{base64.b64encode(digest).decode()}'"
+def _files() -> dict[str, bytes]:
+    """All files of the page by their path below static/: nothing else can be asked for."""
+    found: dict[str, bytes] = {}
+    folders = [("", resources.files("neuroscope_vllm.server").joinpath("static"))]
+    while folders:
+        before, folder = folders.pop()
+        for entry in folder.iterdir():
+            if entry.is_dir():
+                folders.append((f"{before}{entry.name}/", entry))
+            elif PurePosixPath(entry.name).suffix in TYPES:
+                found[before + entry.name] = entry.read_bytes()
+    return found

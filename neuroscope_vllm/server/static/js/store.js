@@ -1,0 +1,93 @@
+// All that the page has heard: traces by the engine's id, and what features are called.
+
+import { Trace } from "./trace.js";
+
+export const traces = new Map();
+export const names = new Map();       // "20:2553" -> {label, unreliable, dense}
+const changed = new Set();
+let onChange = () => {}, onGap = () => {};
+
+export const keyOf = (layer, index) => `${layer}:${index}`;
+export const partsOf = (key) => key.split(":").map(Number);
+
+// `heard` is called after every event, `gap(text)` for what no single request lost.
+export function listen(heard, gap) {
+  onChange = heard;
+  onGap = gap;
+}
+
+export function changes() {
+  const found = [...changed];
+  changed.clear();
+  return found;
+}
+
+// By any of its ids: what the client sent, what vLLM made of it, the engine's.
+export const isOf = (trace, id) =>
+  [id, `chatcmpl-${id}`, `cmpl-${id}`].includes(trace.requestId) || trace.internalId === id
+  || trace.requestId.startsWith(`cmpl-${id}-`);
+
+export const tracesOf = (id) => [...traces.values()].filter((trace) => isOf(trace, id))
+  .sort((a, b) => a.choice - b.choice);
+
+export function forget(trace) {
+  traces.delete(trace.internalId);
+}
+
+function open(event) {
+  let trace = traces.get(event.internal_id);
+  if (!trace) traces.set(event.internal_id, trace = new Trace(event));
+  return trace;
+}
+
+function learn(event) {
+  for (const { index, label = null, dense = false, unreliable = false } of event.top_features) {
+    const key = keyOf(event.layer, index);
+    if (!names.has(key)) names.set(key, { label, dense, unreliable });
+  }
+}
+
+const gapText = (event) =>
+  `gap: ${event.count ?? "some"} ${event.reason === "dropped" ? "tokens without features" : "events"} (${event.reason.replace("_", " ")})`;
+
+const tellers = {
+  request: (trace, event) => trace.begin(event),
+  prompt: (trace, event) => { learn(event); trace.token(event); },
+  token: (trace, event) => { learn(event); trace.token(event); },
+  rule: (trace, event) => trace.note(`⚑ ${event.tag ?? event.rule}`,
+    `feature ${event.feature} of layer ${event.layer} at ${event.activation}${event.stop ? ", which ends the answer" : ""}`),
+  steering: (trace, event) => {
+    trace.steering = event.steering;
+    trace.note(event.steering ? "⚑ steered otherwise from here" : "⚑ steered no more from here");
+  },
+  gap: (trace, event) => trace.note(gapText(event)),
+  error: (trace, event) => trace.note(event.error.message),
+  done: (trace, event) => {
+    trace.done = event;
+    if (event.finish_reason !== "stop") trace.note(`ends: ${event.finish_reason}`);
+  },
+};
+
+// A trace as GET /v1/requests/{id} tells it, kept apart from those on the page.
+export function retell(events) {
+  const trace = new Trace(events[0]);
+  for (const event of events) {
+    if (["prompt", "token"].includes(event.event)) learn(event);
+    if (event.event === "request") trace.begin(event);
+    else if (event.event === "prompt" || event.event === "token") trace.token(event);
+  }
+  return trace;
+}
+
+export function take(name, event, id) {
+  if (!event.internal_id) {
+    if (name === "gap") onGap(gapText(event));
+    else if (name === "goodbye") onGap(`the server stops (${event.reason})`);
+    return;
+  }
+  const trace = open(event), told = ["prompt", "token", "request"].includes(name);
+  if (!tellers[name] || !trace.news(id) && !told) return;
+  tellers[name](trace, event);
+  changed.add(trace);
+  onChange();
+}
