@@ -4,6 +4,7 @@ its own model, with SAELens' encoder and the decoder's rows; the whole text anew
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,10 +32,13 @@ class SteeredReference:
         saes: dict[int, Path],
         directions: dict[str, torch.Tensor] | None = None,
         dtype: torch.dtype = torch.float32,
+        sink_norms: dict[int, float] | None = None,
     ) -> None:
+        """`sink_norms`: by layer, norms above which no feature is active."""
         self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
         self.saes = {layer: sae_lens.SAE.load_from_disk(path) for layer, path in saes.items()}
         self.directions = directions or {}
+        self.sink_norms = sink_norms or {}
         torch.set_num_threads(1)
 
     def encode(self, layer: int, residual: torch.Tensor) -> torch.Tensor:
@@ -74,6 +78,7 @@ class SteeredReference:
         else:
             sae = self.saes[edit["layer"]]
             f, d = sae.encode(x)[..., edit["feature"], None], sae.W_dec[edit["feature"]]
+            f = f * (x.norm(dim=-1, keepdim=True) <= self.sink_norms.get(edit["layer"], math.inf))
             amount = {
                 "add": lambda: torch.full_like(f, value),
                 "clamp": lambda: value - f,

@@ -336,7 +336,7 @@ def test_steered_ones_are_steered_as_by_a_forward_hook(
     outcome: Outcome, mode: Mode, model: Path, saes: dict[int, Path]
 ) -> None:
     """On every rank and stage, under chunks and drafts, and beside others that are not."""
-    reference = SteeredReference(model, saes)
+    reference = SteeredReference(model, saes, sink_norms=SINK_NORMS[mode.family])
     for found, (prompt, edits) in zip(outcome.steered, STEERED, strict=True):
         assert_same(found, reference.generate(prompt, edits_of(mode, edits), 8), TOLERANCE)
     assert outcome.steered[0] != outcome.steered[1]
