@@ -35,7 +35,9 @@ RULE = {
 def new(name: str, spec: dict[str, Any]) -> Any:
     steering = settle(msgspec.convert(spec, SteeringSpec), Catalogue({LAYER: Site.of(SAE_, None)}))
     assert steering is not None
-    params = SamplingParams(extra_args={STEERING: steering.to_dict()})
+    params = SamplingParams()
+    # Not before: where a test began an engine, what is given to SamplingParams is a client's.
+    params.extra_args = {STEERING: steering.to_dict()}
     return SimpleNamespace(req_id=name, sampling_params=params, prompt_token_ids=PROMPT)
 
 
