@@ -5,6 +5,7 @@ The side process has no torch; it starts this one when the first card is asked f
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 
@@ -21,7 +22,9 @@ def main() -> None:
     for line in sys.stdin.buffer:
         try:
             answer = Answer(card=read_card(msgspec.json.decode(line, type=Wanted)))
-        except Exception as error:  # a fault of ours, or a damaged file: the next card may do
+        except Exception as error:
+            # A fault of ours, or a damaged file: the log has the trace, and the next card may do.
+            logging.exception("neuroscope: a feature card could not be read")
             answer = Answer(error=f"{type(error).__name__}: {error}")
         out.write(msgspec.json.encode(answer) + b"\n")
         out.flush()
