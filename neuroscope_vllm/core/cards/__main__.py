@@ -14,6 +14,8 @@ import msgspec
 from neuroscope_vllm.core.cards.reader import read_card
 from neuroscope_vllm.core.cards.record import Answer, Wanted
 
+logger = logging.getLogger(__name__)
+
 
 def main() -> None:
     # Lines of ours alone go to stdout, whatever a library prints.
@@ -24,7 +26,7 @@ def main() -> None:
             answer = Answer(card=read_card(msgspec.json.decode(line, type=Wanted)))
         except Exception as error:
             # A fault of ours, or a damaged file: the log has the trace, and the next card may do.
-            logging.exception("neuroscope: a feature card could not be read")
+            logger.exception("neuroscope: a feature card could not be read")
             answer = Answer(error=f"{type(error).__name__}: {error}")
         out.write(msgspec.json.encode(answer) + b"\n")
         out.flush()
