@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
-from urllib.parse import quote
 
 import click
 
@@ -65,8 +65,7 @@ def command(
     except NeuroscopeError as error:
         raise click.ClickException(str(error)) from None
     if jsonl is not None:
-        lines = b"".join(b"%b\n" % event.named for one in found.traces for event in one.events)
-        _write(jsonl, lines)
+        _write(jsonl, _lines(jsonl, found.traces))
     if html is not None:
         from neuroscope_vllm.core.recording.page import html_page
 
@@ -79,6 +78,15 @@ def command(
         except NeuroscopeError as error:
             raise click.ClickException(str(error)) from None
         _write(parquet, content)
+
+
+def _lines(path: Path, traces: list[RecordedTrace]) -> bytes:
+    lines = [event.named for one in traces for event in one.events]
+    if str(path) == "-" and sys.stdout.isatty():
+        from neuroscope_vllm.cli.watch_lines import for_terminal
+
+        lines = [for_terminal(line).encode() for line in lines]
+    return b"".join(b"%b\n" % line for line in lines)
 
 
 def _check_writable(flag: str, path: Path | None) -> None:
@@ -117,19 +125,25 @@ def _served(request_id: str, url: str) -> _Found:
     import httpx
     import msgspec
 
+    from neuroscope_vllm.client.calls import quoted
     from neuroscope_vllm.core.recording.record import About, of_answer
 
     url = url.rstrip("/")
     try:
         with httpx.Client(base_url=url, timeout=TIMEOUT_S) as client:
             described = client.get("/v1/features/describe")
-            answer = client.get(f"/v1/requests/{quote(request_id, safe='')}")
+            answer = client.get(f"/v1/requests/{quoted(request_id)}")
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise ConfigError(
             f"no feature stream answers at {url} ({type(error).__name__}); start a server with"
             " `neuroscope serve`, name its features port with --url, or read a recording with"
             " --record."
         ) from None
+    if described.status_code != 200:
+        raise ConfigError(
+            f"{url} is no neuroscope server's features port (it answers /v1/features/describe with"
+            f" {described.status_code}); name that with --url, or read a recording with --record."
+        )
     if answer.status_code == 404:
         raise ConfigError(
             f"the server at {url} keeps no request {request_id!r}; it gives up the oldest ones,"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import math
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -128,6 +130,7 @@ def _tell_of_connections() -> None:
 
 
 def _print_json(events: Iterator[Event], followed: Followed | None) -> None:
+    from neuroscope_vllm.cli.watch_lines import for_terminal
     from neuroscope_vllm.core.events import EVENTS, GapEvent, TokenEvent, encoder
 
     names = {kind: name for name, kind in EVENTS.items()}
@@ -141,7 +144,8 @@ def _print_json(events: Iterator[Event], followed: Followed | None) -> None:
                 continue
         elif followed is not None and not isinstance(event, GapEvent):
             continue
-        click.echo(b'{"event":"%b",' % name.encode() + encoder.encode(event)[1:])
+        line = b'{"event":"%b",' % name.encode() + encoder.encode(event)[1:]
+        click.echo(for_terminal(line) if sys.stdout.isatty() else line)
 
 
 def _print_lines(
@@ -151,6 +155,8 @@ def _print_lines(
 
     from neuroscope_vllm.cli.watch_lines import FeatureLines, TokenLines
 
+    if isinstance(sys.stdout, io.TextIOWrapper):  # labels hold more than a latin-1 terminal has
+        sys.stdout.reconfigure(errors="replace")
     console = Console(highlight=False)
     if followed is not None:
         lines = FeatureLines(console, followed.layer, followed.index, followed.label)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
+from json import dumps as json_escape
 from typing import Any
 
 from rich.console import Console
@@ -217,6 +218,14 @@ class FeatureLines(_Lines):
         while before.cell_len > max(self.console.width - head.cell_len - word.cell_len - 1, 0):
             before = before[1:]
         self.console.print(head + before + word, no_wrap=True, crop=True)
+
+
+def for_terminal(json: bytes) -> str:
+    """The same JSON without what a terminal would obey. JSON itself escapes only what is below a
+    space, and not the control characters above ASCII or the marks that turn text round."""
+    return "".join(
+        char if char.isprintable() else json_escape(char)[1:-1] for char in json.decode()
+    )
 
 
 def _feature(feature: Feature, share: float) -> Text:

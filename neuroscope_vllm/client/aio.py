@@ -72,6 +72,7 @@ class AsyncClient:
         self, request_id: str | None = None, *, patience: float = PATIENCE_S, **view: Any
     ) -> AsyncIterator[Event]:
         """See `Client.stream`."""
+        self._check_open()
         following = Following(self.url, request_id, view, patience)
         while True:
             try:
@@ -94,7 +95,9 @@ class AsyncClient:
             if self._http.is_closed:
                 return
 
-    async def trace(self, request_id: str, *, wait: float = TRACE_WAIT_S) -> Trace:
+    async def trace(
+        self, request_id: str, *, wait: float = TRACE_WAIT_S, since: float = 0.0
+    ) -> Trace:
         """See `Client.trace`."""
         special = (await self.describe()).special_token_ids
         deadline = time.monotonic() + wait
@@ -104,9 +107,11 @@ class AsyncClient:
             # 404: the side process has not heard of it yet.
             if response.status_code != 404 or late:
                 with calls.reached(self.url):
-                    trace = Trace.decode(calls.checked(response), special)
-                if trace.finished or late:
+                    trace = Trace.decode(calls.checked(response), special, since)
+                if trace is not None and (trace.finished or late):
                     return trace
+                if late:
+                    raise calls.not_since(request_id)
             await asyncio.sleep(POLL_S)
 
     async def inspect(self, text: str, chat: bool = False) -> Trace:
@@ -126,11 +131,12 @@ class AsyncClient:
 
     async def describe(self) -> Described:
         """See `Client.describe`."""
-        if self._described is None:
+        if self._described is None or not self._described.sites:
             self._described = await self._ask(calls.describe())
         return self._described
 
     async def _ask(self, call: Call[T]) -> T:
+        self._check_open()
         with calls.reached(self.url):
             response = await self._http.request(
                 call.method, call.path, params=call.params, json=call.body, headers=call.headers
@@ -138,8 +144,14 @@ class AsyncClient:
             return call.parse(calls.checked(response))
 
     async def _get(self, path: str) -> httpx.Response:
+        self._check_open()
         with calls.reached(self.url):
             return await self._http.get(path)
+
+    def _check_open(self) -> None:
+        """Raises ServerError: This client was closed."""
+        if self._http.is_closed:
+            raise calls.closed(self.url)
 
     async def _wait_retold(self, following: Following) -> None:
         """Raises ServerError: nothing is known of the request any more."""

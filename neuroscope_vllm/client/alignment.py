@@ -7,10 +7,75 @@ token belongs to the chunk that completes its text.
 
 from __future__ import annotations
 
-from collections import deque
+from collections import OrderedDict, deque
+from collections.abc import Iterable
 from typing import Any
 
+from neuroscope_vllm.core.errors import ServerError
 from neuroscope_vllm.core.events import DoneEvent, RequestEvent, TokenEvent
+
+CLOCK_S = 1.0
+"""vLLM tells an answer's begin in whole seconds, and notes the request's at another moment."""
+REMEMBERED = 2048
+"""Requests that were answered."""
+
+
+class Answered:
+    """Engine's ids of the requests whose answers were told."""
+
+    def __init__(self) -> None:
+        self._names: OrderedDict[str, None] = OrderedDict()
+
+    def __contains__(self, internal_id: str) -> bool:
+        return internal_id in self._names
+
+    def is_new(self, tokens: list[TokenEvent]) -> bool:
+        """Whether they are of no answer that was told; from now on they are."""
+        names = {token.internal_id for token in tokens if token.internal_id}
+        new = not any(name in self for name in names)
+        self.add(names)
+        return new
+
+    def add(self, internal_ids: Iterable[str]) -> None:
+        self._names.update(dict.fromkeys(internal_ids))
+        while len(self._names) > REMEMBERED:
+            self._names.popitem(last=False)
+
+
+class Own:
+    """Which of the requests that bear an answer's id is its own, as a client may give many the
+    same: it began no earlier than the answer, and was not answered before."""
+
+    def __init__(self, answer: Any, answered: Answered) -> None:
+        """`answer`: A chunk or a whole one of openai's."""
+        self._since = answer.created - CLOCK_S
+        self._answered = answered
+        self._others: set[str] = set()
+        self._names: dict[int, str] = {}
+
+    @property
+    def names(self) -> list[str]:
+        """Engine's ids of its choices, as far as they were heard of."""
+        return list(self._names.values())
+
+    def has(self, event: Any) -> bool:
+        """Whether the event is of it.
+
+        Raises ServerError: It may be of it or of another one.
+        """
+        name = getattr(event, "internal_id", None)
+        if not name or name in self._others:
+            return False
+        earlier = isinstance(event, RequestEvent) and event.created < self._since
+        if earlier or name in self._answered:
+            self._others.add(name)
+            return False
+        if self._names.setdefault(event.choice, name) != name:
+            raise ServerError(
+                f"several requests have the id {event.request_id!r} at the same time, and which is"
+                " its own is not known; give each an X-Request-Id of its own"
+            )
+        return True
 
 
 class Alignment:

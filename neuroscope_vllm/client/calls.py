@@ -14,7 +14,6 @@ import msgspec
 
 from neuroscope_vllm.client.records import Card, Described, Label, LabelPage, Steered
 from neuroscope_vllm.core.errors import ServerError
-from neuroscope_vllm.core.events import ErrorBody
 
 T = TypeVar("T")
 
@@ -36,8 +35,16 @@ class Call(NamedTuple, Generic[T]):
     headers: dict[str, str] = {}  # noqa: RUF012
 
 
+class _Refused(msgspec.Struct):
+    """OpenAI's error object, of ours or of vLLM, whose code is a number."""
+
+    message: str
+    param: str | None = None
+    code: str | int | None = None
+
+
 class _ErrorAnswer(msgspec.Struct):
-    error: ErrorBody
+    error: _Refused
 
 
 class _Said(msgspec.Struct):
@@ -91,8 +98,8 @@ def inspect(text: str, chat: bool, model: str) -> Call[str]:
 
 
 def quoted(request_id: str) -> str:
-    """For a path. The server takes slashes as they are."""
-    return urllib.parse.quote(request_id)
+    """For a path. The server takes slashes as they are; httpx would take `..` for a way up."""
+    return urllib.parse.quote(request_id, errors="surrogatepass").replace(".", "%2E")
 
 
 def checked(response: httpx.Response) -> bytes:
@@ -113,9 +120,10 @@ def refusal(response: httpx.Response) -> ServerError:
         said = msgspec.json.decode(response.content, type=_ErrorAnswer).error
     except msgspec.MsgspecError:
         asked = f"{response.request.method} {response.url} was answered with {status}"
-        hint = hint or "; is it a neuroscope server's features port?"
+        hint = hint or "; give the URL of a neuroscope server's features port"
         return ServerError(f"{asked} ({response.reason_phrase or 'no reason'}){hint}.", status)
-    return ServerError(" ".join(said.message.split()) + hint, status, said.param, said.code)
+    code = said.code if isinstance(said.code, str) else None
+    return ServerError(" ".join(said.message.split()) + hint, status, said.param, code)
 
 
 @contextmanager
@@ -123,6 +131,11 @@ def reached(url: str) -> Generator[None]:
     """Raises ServerError in place of what httpx raises."""
     try:
         yield
+    except UnicodeEncodeError as error:
+        raise ServerError(
+            f"{url} can not be sent characters that are no {error.encoding} ({error.reason}); give"
+            " ids and texts in Unicode, and a key in ASCII."
+        ) from None
     except (httpx.ConnectError, httpx.ConnectTimeout) as error:
         raise unreachable(url, error) from None
     except (httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
@@ -136,6 +149,17 @@ def reached(url: str) -> Generator[None]:
             f"the server at {url} answered with something unknown ({error}); it is no neuroscope"
             " server, or one of another version."
         ) from None
+
+
+def not_since(request_id: str) -> ServerError:
+    return ServerError(
+        f"of request {request_id!r} only earlier ones are kept here; use the engine's id, or an"
+        " X-Request-Id once."
+    )
+
+
+def closed(url: str) -> ServerError:
+    return ServerError(f"the client of {url} was closed; make another, or close it later.")
 
 
 def unreachable(url: str, error: Exception) -> ServerError:

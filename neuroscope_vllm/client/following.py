@@ -62,6 +62,8 @@ class Following:
         self._url = url
         given = {"request_id": request_id, **view}
         self._params = {n: _plain(value) for n, value in given.items() if value is not None}
+        with calls.reached(url):  # not while connecting, where all errors are tried again
+            str(httpx.QueryParams(self._params))
         self._patience = patience
         self._last_id = ""
         self._told = _Told()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
 from types import TracebackType
@@ -58,6 +59,7 @@ class Client:
         self.features = Features(self)
         self._described: Described | None = None
         self._background: Background | None = None
+        self._lock = threading.Lock()
 
     def __enter__(self) -> Client:
         return self
@@ -72,9 +74,11 @@ class Client:
 
     def close(self) -> None:
         """Close all connections. Streams that others still read end with the next that comes."""
-        self._http.close()
-        if self._background is not None:
-            self._background.close()
+        with self._lock:
+            self._http.close()
+            if self._background is not None:
+                self._background.close()
+                self._background = None
 
     def stream(
         self, request_id: str | None = None, *, patience: float = PATIENCE_S, **view: Any
@@ -92,6 +96,7 @@ class Client:
 
         Raises ServerError: as said above, at the first `next`.
         """
+        self._check_open()
         following = Following(self.url, request_id, view, patience)
         while True:
             try:
@@ -114,11 +119,14 @@ class Client:
             if self._http.is_closed:
                 return
 
-    def trace(self, request_id: str, *, wait: float = TRACE_WAIT_S) -> Trace:
+    def trace(self, request_id: str, *, wait: float = TRACE_WAIT_S, since: float = 0.0) -> Trace:
         """All that is kept of a request.
 
         The features of an answer's last tokens may come a moment after the answer, so this waits
         for the request's end, for `wait` seconds at most; 0: tell what is known now.
+
+        Args:
+            since: Of requests with the same id, those that began then or later, unix seconds.
         """
         special = self.describe().special_token_ids
         deadline = time.monotonic() + wait
@@ -128,9 +136,11 @@ class Client:
             # 404: the side process has not heard of it yet.
             if response.status_code != 404 or late:
                 with calls.reached(self.url):
-                    trace = Trace.decode(calls.checked(response), special)
-                if trace.finished or late:
+                    trace = Trace.decode(calls.checked(response), special, since)
+                if trace is not None and (trace.finished or late):
                     return trace
+                if late:
+                    raise calls.not_since(request_id)
             time.sleep(POLL_S)
 
     def inspect(self, text: str, chat: bool = False) -> Trace:
@@ -159,11 +169,15 @@ class Client:
         tokens and observed layers. A chunk's tokens are those whose text it completes, so the
         texts of both, joined, are the same; characters made of several tokens, stop strings and
         n > 1 included. Where a parser of vLLM's takes tool calls or reasoning out of the text,
-        tokens come with the chunk that is due when they are known. Chunks wait for their features,
-        about a step of the model. `features` is None where they did not come within 10 s, or the
-        server is away: no answer fails or ends for want of them.
+        or `echo` puts a prompt before it, tokens come with the chunk that is due when they are
+        known. Chunks wait for their features, about a step of the model.
 
-        Type checkers do not know the attribute; `features_of` returns it typed.
+        `features` is None where they did not come within 10 s, the server is away, or several
+        requests bear the answer's id at the same time: no answer fails or ends for want of them.
+
+        `create`, `parse` and `stream` have them, and copies made by `with_options`; raw responses
+        and the Responses API do not. Type checkers do not know the attribute; `features_of` returns
+        it typed, and None where there is none.
 
         Args:
             openai: openai.OpenAI with `base_url` at vLLM's port or ours.
@@ -173,20 +187,26 @@ class Client:
         return wrapped(self, openai)
 
     def background(self) -> Background:
-        """The thread that reads streams for wrapped clients; started when first asked for."""
+        """The thread that reads streams for wrapped clients; started when first asked for.
+
+        Raises ServerError: This client was closed, and the thread with it.
+        """
         from neuroscope_vllm.client.wrap import Background
 
-        if self._background is None:
-            self._background = Background(self)
-        return self._background
+        with self._lock:
+            self._check_open()
+            if self._background is None:
+                self._background = Background(self)
+            return self._background
 
     def describe(self) -> Described:
-        """What the server observes: model, layers, SAEs. Asked once."""
-        if self._described is None:
+        """What the server observes: model, layers, SAEs. Asked once, when its engine is there."""
+        if self._described is None or not self._described.sites:
             self._described = self._ask(calls.describe())
         return self._described
 
     def _ask(self, call: Call[T]) -> T:
+        self._check_open()
         with calls.reached(self.url):
             response = self._http.request(
                 call.method, call.path, params=call.params, json=call.body, headers=call.headers
@@ -194,8 +214,14 @@ class Client:
             return call.parse(calls.checked(response))
 
     def _get(self, path: str) -> httpx.Response:
+        self._check_open()
         with calls.reached(self.url):
             return self._http.get(path)
+
+    def _check_open(self) -> None:
+        """Raises ServerError: This client was closed."""
+        if self._http.is_closed:
+            raise calls.closed(self.url)
 
     def _wait_retold(self, following: Following) -> None:
         """Raises ServerError: nothing is known of the request any more."""

@@ -19,6 +19,8 @@ from neuroscope_vllm.core.inspection.page import PageText, trace_page
 from neuroscope_vllm.core.inspection.record import of_events
 
 FRAME_HEIGHT = "32rem"
+APART_S = 1.0
+"""All choices of an answer begin within less."""
 
 
 class TopFeature(msgspec.Struct, frozen=True, kw_only=True):
@@ -59,6 +61,7 @@ class Choice(msgspec.Struct, frozen=True, kw_only=True):
 
 class _Named(msgspec.Struct):
     event: str
+    id: str = ""
 
 
 class _Kept(msgspec.Struct):
@@ -94,10 +97,19 @@ class Trace:
         self.complete = all(one.events_kept == one.events_total for one in told)
 
     @classmethod
-    def decode(cls, content: bytes, special_ids: Collection[int] = ()) -> Trace:
-        """Of an answer of GET /v1/requests/{id}. Raises msgspec.MsgspecError."""
+    def decode(
+        cls, content: bytes, special_ids: Collection[int] = (), since: float = 0.0
+    ) -> Trace | None:
+        """Of an answer of GET /v1/requests/{id}; None: nothing in it began at `since` or later.
+
+        Raises msgspec.MsgspecError.
+        """
         told = msgspec.json.decode(content, type=_Kept).choices
-        newest = {one.choice: one for one in sorted(told, key=lambda one: one.created)}
+        if not (told := sorted((one for one in told if one.created >= since), key=_began)):
+            return None
+        # What had ended when the newest began is another request, perhaps with more choices.
+        own = [one for one in told if not _ended_before(one, told[-1])]
+        newest = {one.choice: one for one in own}
         return cls([newest[number] for number in sorted(newest)], special_ids)
 
     @cached_property
@@ -224,6 +236,21 @@ class Trace:
             for heading, tokens in (("prompt", self.prompt), ("answer", self.answer)):
                 if mine := [token for token in tokens if token.choice == number]:
                     yield heading + of, mine
+
+
+def _began(choice: Choice) -> float:
+    return choice.created
+
+
+def _ended_before(one: Choice, other: Choice) -> bool:
+    """Whether one's last event was told before the other's first, and not as choices of an answer
+    may be."""
+    near = other.created - one.created < APART_S
+    if near or not (one.finished and one.events and other.events):
+        return False
+    ids = (msgspec.json.decode(raw, type=_Named).id for raw in (one.events[-1], other.events[0]))
+    (epoch, _, last), (same, _, first) = (id_.rpartition("-") for id_ in ids)
+    return epoch == same and int(last) < int(first)
 
 
 def _decoded(choice: Choice) -> Iterator[Event]:

@@ -9,10 +9,11 @@ import queue
 import threading
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterator
+from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
-from neuroscope_vllm.client.aio import AsyncClient
-from neuroscope_vllm.client.alignment import Alignment
+from neuroscope_vllm.client.aio import POLL_S, AsyncClient
+from neuroscope_vllm.client.alignment import CLOCK_S, Alignment, Answered, Own
 from neuroscope_vllm.core.errors import ConfigError, ServerError
 from neuroscope_vllm.core.events import TokenEvent
 
@@ -38,10 +39,7 @@ def wrapped(client: Client, openai: Any) -> Any:
 
     if not isinstance(openai, OpenAI):
         raise ConfigError(_no_client(openai, "Client", "OpenAI", "AsyncClient"))
-    copy = openai.copy()
-    for resource, kinds in _resources(copy):
-        resource.create = _create(client, resource.create, kinds)
-    return copy
+    return _copied(openai, {}, functools.partial(_create, client, Answered()))
 
 
 def wrapped_async(client: AsyncClient, openai: Any) -> Any:
@@ -50,20 +48,38 @@ def wrapped_async(client: AsyncClient, openai: Any) -> Any:
 
     if not isinstance(openai, AsyncOpenAI):
         raise ConfigError(_no_client(openai, "AsyncClient", "AsyncOpenAI", "Client"))
-    copy = openai.copy()
-    for resource, kinds in _resources(copy):
-        resource.create = _create_async(client, resource.create, kinds)
+    return _copied(openai, {}, functools.partial(_create_async, client, Answered()))
+
+
+def _copied(openai: Any, options: dict[str, Any], watched: Callable[[Any], Any]) -> Any:
+    """A copy whose answers are watched, and so are those of its own copies.
+
+    Args:
+        options: As of `openai.copy`.
+        watched: Makes a method that answers into one whose answers have features.
+    """
+    # Of the class: the copy of a wrapped client is to be plain, or all would be watched twice.
+    copy = openai.__class__.copy(openai, **options)
+    for resource in (copy.chat.completions, copy.beta.chat.completions, copy.completions):
+        for name in ("create", "parse"):
+            if hasattr(resource, name):
+                setattr(resource, name, watched(getattr(resource, name)))
+
+    def again(**more: Any) -> Any:
+        return _copied(copy, more, watched)
+
+    copy.copy = copy.with_options = again
     return copy
 
 
-def _resources(openai: Any) -> list[tuple[Any, tuple[type, ...]]]:
-    """What answers, and the kinds of whole and streamed answers that are not raw responses."""
+@functools.cache
+def _kinds() -> tuple[type, ...]:
+    """Of whole and of streamed answers, which raw responses are not."""
     from openai import AsyncStream, Stream
     from openai.types import Completion
     from openai.types.chat import ChatCompletion
 
-    kinds = (ChatCompletion, Completion, Stream, AsyncStream)
-    return [(openai.chat.completions, kinds), (openai.completions, kinds)]
+    return ChatCompletion, Completion, Stream, AsyncStream
 
 
 def _no_client(openai: Any, ours: str, fits: str, other: str) -> str:
@@ -73,28 +89,28 @@ def _no_client(openai: Any, ours: str, fits: str, other: str) -> str:
     )
 
 
-def _create(client: Client, create: Any, kinds: tuple[type, ...]) -> Any:
+def _create(client: Client, answered: Answered, create: Any) -> Any:
     @functools.wraps(create)
     def with_features(*args: Any, **kwargs: Any) -> Any:
         answer = create(*args, **kwargs)
-        if not isinstance(answer, kinds):
+        if not isinstance(answer, _kinds()):
             return answer
         if hasattr(answer, "choices"):
-            return _attach(answer, _of_whole(client, answer))
-        return WatchedStream(answer, client)
+            return _attach(answer, _of_whole(client, answered, answer))
+        return WatchedStream(answer, client, answered)
 
     return with_features
 
 
-def _create_async(client: AsyncClient, create: Any, kinds: tuple[type, ...]) -> Any:
+def _create_async(client: AsyncClient, answered: Answered, create: Any) -> Any:
     @functools.wraps(create)
     async def with_features(*args: Any, **kwargs: Any) -> Any:
         answer = await create(*args, **kwargs)
-        if not isinstance(answer, kinds):
+        if not isinstance(answer, _kinds()):
             return answer
         if hasattr(answer, "choices"):
-            return _attach(answer, await _of_whole_async(client, answer))
-        return AsyncWatchedStream(answer, client)
+            return _attach(answer, await _of_whole_async(client, answered, answer))
+        return AsyncWatchedStream(answer, client, answered)
 
     return with_features
 
@@ -105,18 +121,37 @@ def _attach(answer: Any, features: list[TokenEvent] | None) -> Any:
     return answer
 
 
-def _of_whole(client: Client, answer: Any) -> list[TokenEvent] | None:
+def _of_whole(client: Client, answered: Answered, answer: Any) -> list[TokenEvent] | None:
+    since, deadline = answer.created - CLOCK_S, time.monotonic() + WAIT_S
     try:
-        return client.trace(answer.id, wait=WAIT_S).answer
+        while not answered.is_new(
+            tokens := client.trace(answer.id, wait=WAIT_S, since=since).answer
+        ):
+            _check_time(deadline)
+            time.sleep(POLL_S)
     except ServerError as error:
         return _without(answer.id, error)
+    return tokens
 
 
-async def _of_whole_async(client: AsyncClient, answer: Any) -> list[TokenEvent] | None:
+async def _of_whole_async(
+    client: AsyncClient, answered: Answered, answer: Any
+) -> list[TokenEvent] | None:
+    since, deadline = answer.created - CLOCK_S, time.monotonic() + WAIT_S
     try:
-        return (await client.trace(answer.id, wait=WAIT_S)).answer
+        while not answered.is_new(
+            tokens := (await client.trace(answer.id, wait=WAIT_S, since=since)).answer
+        ):
+            _check_time(deadline)
+            await asyncio.sleep(POLL_S)
     except ServerError as error:
         return _without(answer.id, error)
+    return tokens
+
+
+def _check_time(deadline: float) -> None:
+    if time.monotonic() > deadline:
+        raise ServerError(LATE)
 
 
 def _without(request_id: str, reason: object) -> None:
@@ -126,9 +161,9 @@ def _without(request_id: str, reason: object) -> None:
 class WatchedStream:
     """An openai.Stream whose chunks have `features`; what else it has, too."""
 
-    def __init__(self, stream: Any, client: Client) -> None:
+    def __init__(self, stream: Any, client: Client, answered: Answered) -> None:
         self._stream = stream
-        self._chunks = self._watched(client)
+        self._chunks = self._watched(client, answered)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
@@ -149,12 +184,12 @@ class WatchedStream:
         self._chunks.close()
         self._stream.close()
 
-    def _watched(self, client: Client) -> Generator[Any]:
+    def _watched(self, client: Client, answered: Answered) -> Generator[Any]:
         reader: _Reader | None = None
         alignment = Alignment()
         try:
             for chunk in self._stream:
-                reader = reader or _Reader(client, chunk.id)
+                reader = reader or _Reader(client, chunk, answered)
                 alignment.said(chunk)
                 yield _attach(chunk, reader.features(chunk, alignment))
         finally:
@@ -192,12 +227,18 @@ class Background:
 class _Reader:
     """The events of an answer, read in the background."""
 
-    def __init__(self, client: Client, request_id: str) -> None:
-        background = client.background()
-        self._request_id = request_id
+    def __init__(self, client: Client, chunk: Any, answered: Answered) -> None:
+        self._request_id = chunk.id
+        self._own, self._answered = Own(chunk, answered), answered
         self._events: queue.SimpleQueue[Event | ServerError] = queue.SimpleQueue()
         self._lost = False
-        reading = _read(background.client, request_id, self._events.put)
+        self._future: Future[None] | None = None
+        try:
+            background = client.background()
+        except ServerError as error:
+            self._events.put(error)
+            return
+        reading = _read(background.client, chunk.id, self._own, self._events.put)
         self._future = asyncio.run_coroutine_threadsafe(reading, background.loop)
 
     def features(self, chunk: Any, alignment: Alignment) -> list[TokenEvent] | None:
@@ -215,15 +256,17 @@ class _Reader:
         return None if self._lost else alignment.take(chunk)
 
     def close(self) -> None:
-        self._future.cancel()
+        self._answered.add(self._own.names)
+        if self._future is not None:
+            self._future.cancel()
 
 
 class AsyncWatchedStream:
     """An openai.AsyncStream whose chunks have `features`; what else it has, too."""
 
-    def __init__(self, stream: Any, client: AsyncClient) -> None:
+    def __init__(self, stream: Any, client: AsyncClient, answered: Answered) -> None:
         self._stream = stream
-        self._chunks = self._watched(client)
+        self._chunks = self._watched(client, answered)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
@@ -244,12 +287,12 @@ class AsyncWatchedStream:
         await self._chunks.aclose()
         await self._stream.close()
 
-    async def _watched(self, client: AsyncClient) -> AsyncGenerator[Any]:
+    async def _watched(self, client: AsyncClient, answered: Answered) -> AsyncGenerator[Any]:
         reader: _AsyncReader | None = None
         alignment = Alignment()
         try:
             async for chunk in self._stream:
-                reader = reader or _AsyncReader(client, chunk.id)
+                reader = reader or _AsyncReader(client, chunk, answered)
                 alignment.said(chunk)
                 yield _attach(chunk, await reader.features(chunk, alignment))
         finally:
@@ -260,11 +303,12 @@ class AsyncWatchedStream:
 class _AsyncReader:
     """Reads a request's stream in a task."""
 
-    def __init__(self, client: AsyncClient, request_id: str) -> None:
-        self._request_id = request_id
+    def __init__(self, client: AsyncClient, chunk: Any, answered: Answered) -> None:
+        self._request_id = chunk.id
+        self._own, self._answered = Own(chunk, answered), answered
         self._events: asyncio.Queue[Event | ServerError] = asyncio.Queue()
         self._lost = False
-        reading = _read(client, request_id, self._events.put_nowait)
+        reading = _read(client, chunk.id, self._own, self._events.put_nowait)
         self._task = asyncio.create_task(reading)
 
     async def features(self, chunk: Any, alignment: Alignment) -> list[TokenEvent] | None:
@@ -283,15 +327,24 @@ class _AsyncReader:
         return None if self._lost else alignment.take(chunk)
 
     def close(self) -> None:
+        self._answered.add(self._own.names)
         self._task.cancel()
 
 
 async def _read(
-    client: AsyncClient, request_id: str, put: Callable[[Event | ServerError], None]
+    client: AsyncClient, request_id: str, own: Own, put: Callable[[Event | ServerError], None]
 ) -> None:
+    """Put the answer's own events. Where the side process knows earlier requests of this id alone,
+    their stream ends before it has heard of this one."""
     try:
-        async for event in client.stream(request_id, include="token"):
-            put(event)
+        while not own.names:
+            async for event in client.stream(request_id, include="token"):
+                if own.has(event):
+                    put(event)
+            await asyncio.sleep(POLL_S)
         put(ServerError("its feature stream ended before it did"))
     except ServerError as error:
         put(error)
+    except asyncio.CancelledError:
+        put(ServerError("its client was closed"))  # or nobody listens any more
+        raise

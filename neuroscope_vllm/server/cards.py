@@ -37,12 +37,13 @@ class CardReader:
                 self._idle.cancel()
             try:
                 line = await asyncio.wait_for(self._ask(wanted), ANSWER_TIMEOUT_S)
-            except (TimeoutError, OSError, asyncio.CancelledError) as error:
-                # It may still answer, and the next one would take that for theirs.
+            except (TimeoutError, OSError, ValueError, asyncio.CancelledError) as error:
+                # It may still answer, and the next one would take that for theirs. ValueError: it
+                # said more than MAX_ANSWER.
                 self.close()
                 if isinstance(error, asyncio.CancelledError):
                     raise
-                raise CardError("the card could not be read in time; try again.") from None
+                raise CardError("the card could not be read; try again.") from error
             self._idle = asyncio.get_running_loop().call_later(IDLE_S, self.close)
         answer = msgspec.json.decode(line, type=Answer) if line else Answer(error="it ended.")
         if answer.card is None:

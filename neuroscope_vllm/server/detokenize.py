@@ -32,10 +32,20 @@ class Released(NamedTuple):
     finish_reason: str | None
 
 
+MOST_WAITING = 24
+"""Tokens without a character, of which all but the last few will not become one."""
+LAST_FEW = 3
+"""They may begin one, which has four bytes at most. Those before them are told: 21, a multiple of
+three, so that a run of real U+FFFD, of three bytes each, is cut between two of them."""
+
+
 class TextStream:
     """Text of one token after another. Without a tokenizer a token is shown as `<id>`.
 
-    Without `spaces_between_special_tokens`, one right after another is its bare content.
+    Without `spaces_between_special_tokens`, one right after another is its bare content. Bytes that
+    are no UTF-8 wait for the rest of a character, as they do in vLLM, and each token decodes all
+    that wait; `bounded`, they are told with replacement characters instead, so that a long prompt
+    of them takes no longer than another.
     """
 
     def __init__(
@@ -44,8 +54,11 @@ class TextStream:
         prompt_ids: list[int],
         skip_special_tokens: bool,
         spaces_between_special_tokens: bool = True,
+        bounded: bool = False,
     ) -> None:
         self._tokenizer = tokenizer
+        self._bounded = bounded
+        self._waiting: list[int] = []
         self._skip = skip_special_tokens
         self._stream = DecodeStream(ids=prompt_ids, skip_special_tokens=skip_special_tokens)
         self._bare: dict[int, str] = {}
@@ -58,12 +71,25 @@ class TextStream:
         if self._tokenizer is None:
             return f"<{token_id}>"
         text = self._decode(self._tokenizer, token_id)
+        if self._bounded and not text:
+            text = self._wait(self._tokenizer, token_id)
+        elif self._waiting:
+            self._waiting.clear()
         if self._bare:
             special = self._bare.get(token_id)
             if special is not None and self._last_special:
                 text = special
             self._last_special = special is not None
         return text
+
+    def _wait(self, tokenizer: Tokenizer, token_id: int) -> str:
+        """The text of those that wait, if they are too many; a new stream begins after them."""
+        self._waiting.append(token_id)
+        if len(self._waiting) < MOST_WAITING:
+            return ""
+        told, self._waiting = self._waiting[:-LAST_FEW], self._waiting[-LAST_FEW:]
+        self._stream = DecodeStream(ids=self._waiting, skip_special_tokens=self._skip)
+        return tokenizer.decode(told, skip_special_tokens=self._skip)
 
     def _decode(self, tokenizer: Tokenizer, token_id: int) -> str:
         try:

@@ -296,7 +296,7 @@ class Hub:
         self.counters["rows"] += len(rows.positions)
         # A request's cached prefix may be what another one computes in this very step: that one's
         # rows begin at lower positions, so they go first.
-        for span in sorted(message.spans, key=lambda span: rows.positions[span.start]):
+        for span in sorted(message.spans, key=lambda s: rows.positions[s.start : s.start + 1]):
             items = self.join.add(span.internal_id, rows, span.start, span.stop, now)
             self._tell(span.internal_id, items, now)
 

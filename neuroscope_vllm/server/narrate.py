@@ -47,7 +47,7 @@ class Narrator:
     def __post_init__(self) -> None:
         prompt_ids = self.prompt_ids
         self.prompt_tokens = len(prompt_ids)
-        self._prompt_text = TextStream(self.tokenizer, [], skip_special_tokens=False)
+        self._prompt_text = TextStream(self.tokenizer, [], skip_special_tokens=False, bounded=True)
         self._output = OutputText(
             TextStream(
                 self.tokenizer,

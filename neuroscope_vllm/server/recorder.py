@@ -225,6 +225,11 @@ class Writer:
         self._closing.set()
         self._queue.put(None)
         self._thread.join(CLOSE_S)
+        if self._thread.is_alive():
+            logger.warning(
+                "neuroscope: the disk of %s was too slow to write what ended last; it is lost.",
+                self._folder,
+            )
 
     def _run(self) -> None:
         while True:

@@ -6,7 +6,7 @@ import asyncio
 import itertools
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from fastapi import FastAPI
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -62,7 +62,11 @@ def create_replay(
             reader of the stream, or shortly after anybody has asked for anything else.
     """
     asked = asyncio.Event()
-    app = create_app(config, lambda hub: Replay(hub, recording, places, speed, asked))
+
+    def fail(why: str) -> None:
+        app.state.failure = why  # which ends the process, with that sentence
+
+    app = create_app(config, lambda hub: Replay(hub, recording, places, speed, asked, fail))
     app.add_middleware(_Noticed, asked=asked)
     return app
 
@@ -77,12 +81,14 @@ class Replay:
         places: Sequence[Place],
         speed: float,
         asked: asyncio.Event,
+        fail: Callable[[str], None],
     ) -> None:
         self._hub = hub
         self._recording = recording
         self._places = places
         self._speed = speed
         self._asked = asked
+        self._fail = fail
         self._traces: dict[int, Trace] = {}
         self._epoch: str | None = None
         self._tasks: list[asyncio.Task[None]] = []
@@ -120,9 +126,10 @@ class Replay:
             await self._tell_all()
             logger.info("neuroscope: all is told, and stays to be looked at until Ctrl-C")
         except NeuroscopeError as error:
-            logger.error("neuroscope: the replay ended: %s", error)
-        except Exception:
+            self._fail(f"the replay ended: {error}")
+        except Exception as error:
             logger.exception("neuroscope: the replay ended")
+            self._fail(f"the replay ended: {error}")
 
     async def _tell_all(self) -> None:
         told = timeline(self._recording, self._places)

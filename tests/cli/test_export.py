@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import pty
 import stat
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +20,7 @@ from click.testing import CliRunner
 
 from neuroscope_vllm.cli.main import main
 from neuroscope_vllm.core.recording.files import read_traces, write_traces
+from tests.client.speaker import speaker
 from tests.support.browser import CHROMIUM, opened
 from tests.support.recorded import (
     HOSTILE,
@@ -165,3 +171,31 @@ def test_what_is_not_there_is_said(source: tuple[str, str], base: str, folder: P
     assert "no/such&id" in err
     both = ("recorded", "--url", base, "--record", str(folder), "--jsonl", "-")
     assert export(*both)[0] == 2
+
+
+def test_another_server_is_not_blamed_for_the_request(tmp_path: Path) -> None:
+    """vLLM's own port, too, answers that it has no such page."""
+    with speaker("other", []) as url:
+        other = url.removesuffix("/v1")
+        code, _, err = export("recorded", "--url", other, "--jsonl", str(tmp_path / "x"))
+    assert code == 1
+    assert f"{other} is no neuroscope server's features port" in err
+
+
+def test_lines_on_a_terminal_are_nothing_that_it_obeys(folder: Path) -> None:
+    words = ["export", "recorded", "--record", str(folder), "--jsonl", "-"]
+    ours, theirs = pty.openpty()
+    with subprocess.Popen(
+        [sys.executable, "-m", "neuroscope_vllm.cli", *words], stdout=theirs, close_fds=True
+    ) as child:
+        os.close(theirs)
+        told = b""
+        with contextlib.suppress(OSError):  # its other end is closed
+            while got := os.read(ours, 1 << 16):
+                told += got
+        os.close(ours)
+        assert child.wait(20) == 0
+    lines = told.decode().removesuffix("\r\n").split("\r\n")
+    assert all(line.isprintable() for line in lines)
+    texts = {json.loads(line).get("token") for line in lines}
+    assert set(HOSTILE) <= texts

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -211,3 +213,23 @@ def test_what_can_not_be_told_is_said(tmp_path: Path) -> None:
     (file,) = folder.glob("*/*.parquet")
     file.write_bytes(file.read_bytes()[:-10])
     assert "can not be read" in refusal(str(folder))
+
+
+def test_a_file_that_turns_out_to_be_damaged_ends_it(tmp_path: Path) -> None:
+    """After what was before it was told."""
+    write_recorded(tmp_path / "kept", 20, prompt=5)
+    later = make_trace(20, request_id="chatcmpl-later", began=CREATED + 60)
+    file = write_traces(tmp_path / "kept", about(), [later], when=CREATED + 86400)
+    content = file.read_bytes()
+    file.write_bytes(content[:100] + bytes(100) + content[200:])
+    words = [sys.executable, "-m", "neuroscope_vllm.cli", "replay", str(tmp_path / "kept")]
+    ended = subprocess.run(
+        [*words, "--speed", "0", "--features-port", "0"],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert ended.returncode == 1
+    assert f"neuroscope: the replay ended: {file} can not be read" in ended.stderr
+    assert "Traceback" not in ended.stderr

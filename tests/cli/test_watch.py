@@ -80,6 +80,8 @@ def watching(side: Side, *words: str, columns: int | None = 80, **env: str) -> I
         stdout=theirs,
         stderr=theirs,
         env={**clean, "TERM": "xterm-256color", **env},
+        # Whoever runs the tests in the background has SIGINT ignored, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     os.close(theirs)
     watch = Watch(process, ours)
@@ -118,6 +120,32 @@ def test_a_terminal_of_80_columns(side: Side, engine: FakeEngine):
     index, activation = features_of(OUTPUT[2], 12, 20, 4)[0]
     assert f"{activation:.3g} [{index}]" in line
     assert "'🌊'" in re.sub(CODES, "", out)
+
+
+def test_json_on_a_terminal_is_nothing_that_it_obeys(side: Side, engine: FakeEngine):
+    """JSON escapes neither what turns text round nor the control characters above ASCII."""
+    evil = "\x9b31m\x7f\u202e\u2028🌊"
+    with watching(side, "--request", "json-in-a-terminal", "--json") as watch:
+        engine.run("json-in-a-terminal", PROMPT, make_tokenizer().encode(evil).ids)
+        assert watch.end() == 0
+        lines = watch.out.strip().split("\n")
+    assert all(line.isprintable() for line in lines)
+    told = [json.loads(line) for line in lines]
+    assert "".join(one["token"] for one in told if one["event"] == "token") == evil
+
+
+def test_an_output_that_has_not_every_character(side: Side, engine: FakeEngine):
+    words = ("--request", "in-ascii")
+    with watching(side, *words, columns=None, PYTHONIOENCODING="ascii") as watch:
+        engine.run("in-ascii", PROMPT, OUTPUT)
+        assert watch.end() == 0
+        assert "done (length)" in watch.out
+
+
+def test_an_id_that_is_no_text_is_refused(side: Side, engine: FakeEngine):
+    code, out, err = run("--url", side.base, "--request", "\udcff")
+    assert (code, out) == (1, "")
+    assert "no utf-8" in err
 
 
 def test_no_color(side: Side, engine: FakeEngine):

@@ -11,6 +11,8 @@ from typing import Any
 
 Said = tuple[int, dict[str, Any], str | None]
 """Choice, delta and finish reason of a chunk."""
+CREATED = 1
+"""Unix seconds of all answers."""
 
 
 def chat_chunk(request_id: str, said: Said) -> dict[str, Any]:
@@ -19,10 +21,17 @@ def chat_chunk(request_id: str, said: Said) -> dict[str, Any]:
     return {
         "id": request_id,
         "object": "chat.completion.chunk",
-        "created": 1,
+        "created": CREATED,
         "model": "m",
         "choices": [choice],
     }
+
+
+def text_chunk(request_id: str, said: Said) -> dict[str, Any]:
+    index, delta, reason = said
+    choice = {"index": index, "text": delta["content"], "finish_reason": reason}
+    chunk = {"id": request_id, "object": "text_completion", "created": CREATED, "model": "m"}
+    return {**chunk, "choices": [choice]}
 
 
 @contextmanager
@@ -35,7 +44,8 @@ def speaker(request_id: str, said: list[Said]) -> Iterator[str]:
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["content-length"])))
             if body.get("stream"):
-                chunks = [chat_chunk(request_id, one) for one in said]
+                make = chat_chunk if "messages" in body else text_chunk
+                chunks = [make(request_id, one) for one in said]
                 usage = {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}
                 chunks.append({**chunks[-1], "choices": [], "usage": usage})
                 lines = [f"data: {one}\n\n" for one in [*map(json.dumps, chunks), "[DONE]"]]
@@ -58,7 +68,7 @@ def speaker(request_id: str, said: list[Said]) -> Iterator[str]:
             return {
                 "id": request_id,
                 "object": "chat.completion",
-                "created": 1,
+                "created": CREATED,
                 "model": "m",
                 "choices": choices,
             }

@@ -14,10 +14,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from neuroscope_vllm import AsyncClient, Client
-from neuroscope_vllm.client import ServerError
+from neuroscope_vllm.client import ServerError, calls
 from neuroscope_vllm.core import wire
 from neuroscope_vllm.core.events import DoneEvent, GapEvent, GoodbyeEvent, RequestEvent, TokenEvent
 from neuroscope_vllm.engine.fake import FakeEngine, Ids, Script, features_of, messages
@@ -93,6 +94,67 @@ def test_nobody_there_is_one_sentence(tmp_path: Path):
         client.describe()
 
 
+def test_a_closed_client_says_so(side: Side):
+    client = Client(side.base)
+    client.close()
+    asks = (client.describe, lambda: next(client.stream()), lambda: client.trace("x"))
+    for ask in (*asks, client.background):
+        with pytest.raises(ServerError, match=r"was closed; make another"):
+            ask()
+
+    async def ask_twin() -> None:
+        twin = AsyncClient(side.base)
+        await twin.aclose()
+        with pytest.raises(ServerError, match="was closed"):
+            await twin.describe()
+        with pytest.raises(ServerError, match="was closed"):
+            await anext(twin.stream())
+
+    asyncio.run(ask_twin())
+
+
+@pytest.mark.parametrize("name", ["..", "../describe", "a/./b", "\udcff", "no%2Fsuch?x#y", "é 🌊"])
+def test_an_id_is_an_id_whatever_it_holds(client: Client, engine: FakeEngine, name: str):
+    with pytest.raises(ServerError, match="is not kept here"):
+        client.trace(name, wait=0)
+    with pytest.raises(ServerError, match="is not known here"):
+        client.steer(name, None)
+
+
+def test_an_id_with_slashes_and_dots_is_found(client: Client, engine: FakeEngine):
+    engine.run("a/../b.🌊", PROMPT, OUTPUT)
+    assert client.trace("a/../b.🌊").text == ANSWER
+
+
+def test_what_is_no_text_is_refused_in_a_sentence(client: Client, engine: FakeEngine):
+    for ask in (lambda: client.inspect("\ud800"), lambda: next(client.stream("\ud800"))):
+        with pytest.raises(ServerError, match=r"no utf-8 \(surrogates not allowed\)"):
+            ask()
+    with pytest.raises(ServerError, match="a key in ASCII") as refused:
+        Client(client.url, api_key="schlüssel")
+    assert "schl" not in str(refused.value)
+
+
+def test_vllms_own_refusals_are_its_sentence():
+    """Their code is a number."""
+    error = {"message": "max_tokens is too large.", "type": "BadRequestError", "code": 400}
+    answer = httpx.Response(
+        400, json={"error": error}, request=httpx.Request("POST", "http://127.0.0.1/v1/completions")
+    )
+    with pytest.raises(ServerError, match=r"^max_tokens is too large\.$") as refused:
+        calls.checked(answer)
+    assert (refused.value.status, refused.value.code) == (400, None)
+
+
+def test_what_is_observed_is_asked_until_an_engine_is_there(new_side: NewSide):
+    side = new_side()
+    with Client(side.base) as client:
+        assert client.describe().sites == []
+        with FakeEngine(side.endpoint):
+            side.wait_armed()
+            assert [site.layer for site in client.describe().sites] == [20]
+
+
 def test_another_server_is_not_taken_for_one(tmp_path: Path):
     words = [sys.executable, "-u", "-m", "http.server", "0", "--bind", "127.0.0.1"]
     other = subprocess.Popen(
@@ -109,7 +171,9 @@ def test_another_server_is_not_taken_for_one(tmp_path: Path):
                 client.describe()
             with pytest.raises(ServerError, match="is no neuroscope server"):
                 next(client.stream())
-            with pytest.raises(ServerError, match="is it a neuroscope server's") as refused:
+            with pytest.raises(
+                ServerError, match="give the URL of a neuroscope server's"
+            ) as refused:
                 client.steer("x", None)
             assert refused.value.status == 501
     finally:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -191,3 +192,20 @@ def test_a_request_larger_than_what_is_kept_is_not_complete(
         trace = client.trace("large")
         assert not trace.complete
         assert json.dumps(trace.html())
+
+
+def test_an_earlier_request_of_the_id_with_more_choices_is_another(
+    client: Client, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("neuroscope_vllm.client.trace.APART_S", 0.0)
+    old, new = (make_tokenizer().encode(text).ids for text in ("old", "new"))
+    for choice in (0, 1):
+        engine.run("used-again", PROMPT, old, Script(choice=choice))
+    client.trace("used-again")
+    between = time.time()
+    engine.run("used-again", PROMPT, new)
+    trace = client.trace("used-again", since=between)
+    assert (trace.choices, trace.text) == ([0], "new")
+    assert client.trace("used-again").choices == [0]
+    with pytest.raises(ServerError, match="only earlier ones are kept"):
+        client.trace("used-again", wait=0, since=time.time())

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,11 @@ import openai
 import pytest
 
 from neuroscope_vllm import AsyncClient, Client
-from neuroscope_vllm.client import features_of
+from neuroscope_vllm.client import alignment, features_of, wrap
 from neuroscope_vllm.core.errors import ConfigError
 from neuroscope_vllm.core.events import TokenEvent
 from neuroscope_vllm.engine.fake import FakeEngine, Script
+from tests.client import speaker as speakers
 from tests.client.speaker import Said, speaker
 from tests.server.side import Side, make_tokenizer
 
@@ -110,6 +112,31 @@ def test_a_text_that_vllms_parsers_changed_loses_no_token_and_does_not_wait(
     assert texts(event for one in got for event in one.features) == "<think>so</think>yes"
 
 
+@pytest.mark.parametrize(
+    ("name", "deltas"),
+    [
+        ("tool", [{"content": "so "}, {"tool_calls": [{"index": 0, "function": {"name": "f"}}]}]),
+        ("thought", [{"reasoning_content": "so "}, {"content": "f(1)"}]),
+    ],
+)
+def test_what_a_parser_took_out_of_the_text_keeps_its_tokens(
+    client: Client, engine: FakeEngine, name: str, deltas: list[dict[str, Any]]
+):
+    engine.run(name, ids("hello"), ids("so <call>f(1)</call>"))
+    said: list[Said] = [*((0, delta, None) for delta in deltas), (0, {}, "tool_calls")]
+    got = streamed(client, name, said)
+    assert texts(event for one in got for event in one.features) == "so <call>f(1)</call>"
+
+
+def test_an_echoed_prompt_has_no_tokens_of_the_answer(client: Client, engine: FakeEngine):
+    engine.run("echo", ids("hello "), ids("there"))
+    said = content("hello th", "er", "e")
+    with speaker("echo", said) as url, openai.OpenAI(base_url=url, api_key="x") as plain:
+        ask = client.wrap(plain).completions.create
+        got = list(ask(model="m", prompt="hello ", echo=True, stream=True))
+    assert "".join(texts(features_of(one)) for one in got) == "there"
+
+
 def test_each_observed_layer_has_its_event(new_side: Callable[..., Side], tokenizer_file: Path):
     side = new_side(tokenizer_file=tokenizer_file)
     with FakeEngine(side.endpoint, layers=(3, 20)) as engine, Client(side.base) as client:
@@ -132,8 +159,33 @@ def test_a_whole_answer(client: Client, engine: FakeEngine):
         assert raw.headers["content-type"] == "application/json"
 
 
+def test_every_way_to_ask_and_every_copy(client: Client, engine: FakeEngine):
+    def run() -> None:
+        engine.run("ways", ids("hello"), ids("ab"))
+
+    said: list[Said] = [ROLE, (0, {"content": "ab"}, None), (0, {}, "stop")]
+    with speaker("ways", said) as url, openai.OpenAI(base_url=url, api_key="x") as plain:
+        wrapped = client.wrap(plain)
+        again = wrapped.with_options(timeout=30).copy(max_retries=0)
+        assert (again.timeout, again.max_retries) == (30, 0)
+        engine.run("ways", ids("hello"), ids("ab"))
+        assert texts(features_of(client.wrap(wrapped).chat.completions.create(**ASK))) == "ab"
+        wrapped.chat.completions.create(**ASK)
+        for one in (wrapped, again):
+            for completions in (one.chat.completions, one.beta.chat.completions):
+                run()
+                assert texts(features_of(completions.create(**ASK))) == "ab"
+                run()
+                assert texts(features_of(completions.parse(**ASK))) == "ab"
+                run()
+                with completions.stream(**ASK) as events:
+                    chunks = [event.chunk for event in events if event.type == "chunk"]
+                assert [texts(features_of(chunk)) for chunk in chunks] == ["", "ab", "", ""]
+
+
 def test_the_async_twin(side: Side, engine: FakeEngine):
-    engine.run("async-chat", ids("hello"), ids("ab🌊c"))
+    def run() -> None:
+        engine.run("async-chat", ids("hello"), ids("ab🌊c"))
 
     async def chat(url: str) -> None:
         async with (
@@ -141,10 +193,13 @@ def test_the_async_twin(side: Side, engine: FakeEngine):
             openai.AsyncOpenAI(base_url=url, api_key="x") as plain,
         ):
             wrapped = client.wrap(plain)
+            run()
             chunks = [c async for c in await wrapped.chat.completions.create(**ASK, stream=True)]
             assert [texts(features_of(one)) for one in chunks] == ["a", "b🌊", "c", ""]
+            run()
             async with await wrapped.chat.completions.create(**ASK, stream=True) as stream:
                 assert texts(features_of(await anext(stream))) == "a"
+            run()
             answer = await wrapped.chat.completions.create(**ASK)
             assert texts(features_of(answer)) == "ab🌊c"
 
@@ -197,3 +252,104 @@ def test_the_wrong_kind_of_client_is_refused(client: Client):
     wrong: Any = openai.AsyncOpenAI(base_url="http://127.0.0.1:9", api_key="x")
     with pytest.raises(ConfigError, match=r"takes openai.OpenAI, and was given AsyncOpenAI"):
         client.wrap(wrong)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_an_answer_outlives_the_client_that_was_closed(
+    client: Client, engine: FakeEngine, caplog: pytest.LogCaptureFixture, stream: bool
+):
+    engine.run("outlived", ids("hello"), ids("ab"))
+    with speaker("outlived", content("a", "b")) as url:
+        with openai.OpenAI(base_url=url, api_key="x") as plain, Client(client.url) as ours:
+            wrapped = ours.wrap(plain)
+            list(wrapped.chat.completions.create(**ASK, stream=True))
+        ours.close()  # twice does no harm
+        wrapped = ours.wrap(openai.OpenAI(base_url=url, api_key="x"))
+        answer: Any = wrapped.chat.completions.create(**ASK, stream=stream)
+        for one in answer if stream else [answer]:
+            assert features_of(one) is None
+    assert "comes without features: the client of" in caplog.text
+
+
+def test_an_answer_does_not_wait_for_a_client_that_is_closed(client: Client):
+    with (
+        speaker("of-nobody", content("a", "b")) as url,
+        openai.OpenAI(base_url=url, api_key="x") as plain,
+    ):
+        ours = Client(client.url)
+        threading.Timer(0.5, ours.close).start()
+        began = time.monotonic()
+        got = list(ours.wrap(plain).chat.completions.create(**ASK, stream=True))
+    assert [features_of(one) for one in got] == [None, None, None]
+    assert time.monotonic() - began < wrap.WAIT_S / 2
+
+
+def test_threads_share_one_reader(client: Client, monkeypatch: pytest.MonkeyPatch):
+    made: list[Any] = []
+
+    def slow(of: Client) -> Any:
+        time.sleep(0.1)
+        made.append(wrap_background(of))
+        return made[-1]
+
+    wrap_background = wrap.Background
+    monkeypatch.setattr(wrap, "Background", slow)
+    with Client(client.url) as ours:
+        threads = [threading.Thread(target=ours.background) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(5)
+    assert len(made) == 1
+
+
+ANSWERS = ("first", "other", "third")
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("late", [True, False])
+def test_an_id_that_was_used_before(
+    client: Client, engine: FakeEngine, stream: bool, late: bool, request: pytest.FixtureRequest
+):
+    """Each answer has the features of its own request, also where the side process has heard only
+    of the earlier ones when the answer comes."""
+    name = request.node.name
+    wrapped: dict[str, Any] = {}
+    for text in ANSWERS:
+        run = threading.Timer(0.3 if late else 0.0, engine.run, (name, ids("hello"), ids(text)))
+        run.start()
+        if not late:
+            run.join(5)
+        with speaker(name, content(text)) as url:
+            plain = wrapped.setdefault(
+                "client", client.wrap(openai.OpenAI(api_key="x", base_url=url))
+            )
+            plain.base_url = url
+            answer = plain.chat.completions.create(**ASK, stream=stream)
+            got = list(answer) if stream else [answer]
+        assert texts(event for one in got for event in one.features) == text
+        run.join(5)
+
+
+def test_requests_of_one_id_at_the_same_time_are_not_taken_for_each_other(
+    client: Client, engine: FakeEngine, caplog: pytest.LogCaptureFixture
+):
+    for text in ANSWERS:
+        engine.run("at-once", ids("hello"), ids(text))
+    got = streamed(client, "at-once", content("first"))
+    assert [one.features for one in got] == [None, None]
+    assert "which is its own is not known" in caplog.text
+
+
+def test_requests_before_the_answer_are_not_its_own(
+    client: Client, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+):
+    """As when another client used the id: vLLM says when the answer began."""
+    engine.run("before", ids("hello"), ids("other"))
+    now = time.time() + 2 * alignment.CLOCK_S
+    monkeypatch.setattr(speakers, "CREATED", int(now))
+    monkeypatch.setattr("neuroscope_vllm.client.wrap.WAIT_S", 0.5)
+    got = streamed(client, "before", content("first"))
+    assert [one.features for one in got] == [None, None]
+    with speaker("before", content("first")) as url, openai.OpenAI(base_url=url, api_key="x") as ai:
+        assert features_of(client.wrap(ai).chat.completions.create(**ASK)) is None

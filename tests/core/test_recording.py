@@ -197,3 +197,22 @@ def test_a_file_that_is_gone_is_said(tmp_path: Path) -> None:
 def test_settings_that_can_not_be(given: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         resolve({"sae": "x", "record": "there", **given}, {})
+
+
+def test_a_damaged_file_tells_nothing_wrong(tmp_path: Path) -> None:
+    """Each bit of it that flips is noticed, or is of no account."""
+    trace = write_recorded(tmp_path / "kept", 60)
+    [file] = (tmp_path / "kept").glob("*/*.parquet")
+    content = file.read_bytes()
+    noticed = 0
+    for at in range(4, len(content), 97):
+        file.write_bytes(content[:at] + bytes([content[at] ^ 16]) + content[at + 1 :])
+        try:
+            found = list(read_traces(tmp_path / "kept", "recorded"))
+        except ConfigError as error:
+            noticed += "can not be read" in str(error) or "holds no recording" in str(error)
+        else:
+            assert [event.json for one in found for event in one.events] == [
+                event.json for event in trace.events
+            ] or not found, at
+    assert noticed > 20

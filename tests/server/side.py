@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from neuroscope_vllm.core import launch
 from neuroscope_vllm.core.config import Settings
+from tests.support.served import lines
 
 
 def make_tokenizer() -> Tokenizer:
@@ -86,7 +87,7 @@ class Side:
             params["request_id"] = request_id
         with http.stream("GET", self.stream_url, params=params, headers=headers) as response:
             assert response.status_code == 200, response.read()
-            yield parse_sse(response.iter_lines())
+            yield parse_sse(lines(response))
 
 
 def parse_sse(lines: Iterator[str]) -> Iterator[dict[str, Any]]:

@@ -6,6 +6,8 @@ sequences with this tokenizer; here are the cases that matter, one by one.
 
 from __future__ import annotations
 
+import time
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -132,3 +134,22 @@ def test_unknown_ids_have_no_text(tokenizer: Tokenizer):
     assert stream.step(10**6) == ""
     assert stream.step(-1) == ""
     assert stream.step(ids_of("a")[0]) == "a"
+
+
+def test_a_prompt_of_bytes_that_are_no_text_takes_no_longer_than_another():
+    """16,000 of them took 20 s, as each decoded all before it."""
+    lone = ids_of("é")[1]
+    stream = TextStream(TOKENIZER, [], skip_special_tokens=False, bounded=True)
+    began = time.monotonic()
+    texts = [stream.step(one) for one in [*ids_of("é"), *[lone] * 16_000, *ids_of("a🙂")]]
+    assert time.monotonic() - began < 2
+    assert texts[:2] == ["", "é"]
+    assert "".join(texts) == "é" + "\ufffd" * 16_000 + "a🙂"
+    assert max(map(len, texts)) < 40
+
+
+@given(st.text(st.sampled_from("\ufffd\ufffd\ufffd\ufffdaé€🙂"), max_size=60))
+def test_a_bounded_stream_tells_replacement_characters_as_the_text_has_them(text: str):
+    stream = TextStream(TOKENIZER, [], skip_special_tokens=False, bounded=True)
+    told = "".join(stream.step(one) for one in [*ids_of(text), *ids_of("!")])
+    assert told == text + "!"

@@ -65,6 +65,20 @@ def test_a_request_larger_than_memory_keeps_its_latest_part():
     assert lost + len(taken) - 1 == 1 + 3000 + 4 + 1
 
 
+def test_a_span_without_rows_at_the_end_of_a_step():
+    """Of a request of which nothing ran in it."""
+    hub = Hub(Settings(), "m")
+    ids = Ids("empty-internal", "empty", list(range(4)), [1])
+    for message in messages(ids, Script()):
+        if isinstance(message, wire.StepFeatures):
+            rows = len(wire.int32(message.positions))
+            message.spans.append(wire.Span("other", rows, rows))
+        hub.handle(wire.decode(wire.encode(message)))
+    [trace] = hub.traces.find("empty")
+    assert trace.end == 1 + 4 + 1 + 1
+    assert trace.finished_at is not None
+
+
 def test_an_internal_id_used_again_is_a_new_request():
     hub = Hub(Settings(), "m")
     run(hub, "same")

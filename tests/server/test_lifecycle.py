@@ -15,6 +15,7 @@ import zmq
 from neuroscope_vllm.core import launch, wire
 from neuroscope_vllm.engine.fake import FakeEngine, Script
 from tests.server.side import Side, http, parse_sse, wait_until
+from tests.support.served import lines
 
 NewSide = Callable[..., Side]
 PARENT = """
@@ -109,7 +110,7 @@ def test_a_dead_parent_ends_it(tmp_path: Path):
         parent.kill()
         parent.wait()
         began = time.monotonic()
-        events = list(parse_sse(response.iter_lines()))
+        events = list(parse_sse(lines(response)))
     assert [event["event"] for event in events] == ["goodbye"]
     wait_until(lambda: not _runs(pid), timeout=2)
     assert time.monotonic() - began < 2

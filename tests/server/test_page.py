@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 
 pytest.importorskip("playwright")
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Page, Route, expect
 
 from neuroscope_vllm.engine.fake import features_of
 from tests.server.side import wait_until
@@ -257,3 +258,43 @@ def test_the_page_allows_nothing_but_itself(site: Site):
     assert not re.search(r"<style|<script>|\son[a-z]+=|\sstyle=", answer.text)
     for path in ("js/none.js", "../page.py", "%2e%2e/page.py", "js", ""):
         assert site.side.get(f"/static/{path}").status_code == 404
+
+
+@needs_browser
+def test_what_a_gap_swallowed_is_fetched(site: Site, new_page: Callable[..., Page]):
+    page = new_page("about:blank")
+    lost = {"reason": "slow_reader", "count": 40}
+    body = f"event: gap\ndata: {json.dumps(lost)}\n\n"
+
+    def stream(route: Route) -> None:
+        """A reader that was too slow, then one who is told that all is over."""
+        nonlocal body
+        said, body = body, ""
+        status = 200 if said else 204
+        route.fulfill(status=status, body=said, headers={"content-type": "text/event-stream"})
+
+    site.engine.run("chatcmpl-gone-by", [1, 2], [3, 4])
+    site.side.wait_done("chatcmpl-gone-by")
+    page.route("**/v1/features/stream?**", stream)
+    page.goto(site.url + "#watch=chatcmpl-gone-by")
+    expect(tokens(page)).to_have_count(4)
+    expect(page.locator("#notices")).to_contain_text("gap: 40 events (slow reader)")
+
+
+@needs_browser
+def test_a_request_heard_from_its_middle_on_is_shown_whole(
+    site: Site, new_page: Callable[..., Page]
+):
+    page = new_page("about:blank")
+    site.engine.run("chatcmpl-late", [1, 2], [3, 4, 5])
+    (choice,) = site.side.wait_done("chatcmpl-late")
+    late = next(e for e in choice["events"] if e["event"] == "token")
+    body = f"event: token\ndata: {json.dumps(late)}\n\n"
+    page.route("**/v1/requests", lambda route: (page.wait_for_timeout(300), route.continue_()))
+    page.route(
+        "**/v1/features/stream",
+        lambda route: route.fulfill(body=body, headers={"content-type": "text/event-stream"}),
+        times=1,
+    )
+    page.goto(site.url)
+    expect(page.locator(".turn", has_text="chatcmpl-late").locator(".t")).to_have_count(5)

@@ -23,6 +23,8 @@ needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this
 HOSTILE = "</script><script>window.owned=1</script><img src=x onerror=window.owned=1>"
 LABELS = [HOSTILE, "\u202eevil\u2066 right to left", "👩\u200d👩\u200d👧 emoji", "rivers and lakes"]
 TOP_K = 4
+REFUSED = "Failed to load resource: the server responded with a status of 400 (Bad Request)"
+"""What Chromium's console says of it."""
 
 
 class Site:
@@ -89,7 +91,7 @@ def new_page(browser: Browser) -> Iterator[Callable[..., Page]]:
     yield open_page
     for context in contexts:
         context.close()
-    assert not faults
+    assert not faults, faults
 
 
 def say(page: Page, text: str, turn: int = 0) -> None:

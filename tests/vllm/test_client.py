@@ -106,6 +106,20 @@ def test_a_whole_answer_has_all_its_tokens(client: Client, plain: openai.OpenAI,
         assert texts(features_of(answer), one.index) == one.message.content
 
 
+@pytest.mark.parametrize("stream", [True, False])
+def test_an_id_for_all_requests_of_a_conversation(
+    client: Client, plain: openai.OpenAI, stream: bool
+):
+    wrapped = client.wrap(plain.with_options(default_headers={"X-Request-Id": f"talk-{stream}"}))
+    for question in ("What is gravity?", "Name a colour.", "What is a river?"):
+        answer: Any = wrapped.chat.completions.create(
+            **chat(question=question, max_tokens=6), stream=stream
+        )
+        for one in answer if stream else [answer]:
+            said = one.choices[0].delta if stream else one.choices[0].message
+            assert texts(features_of(one)) == (said.content or "")
+
+
 def test_text_completions_of_several_prompts(client: Client, plain: openai.OpenAI):
     ask: dict[str, Any] = {"model": NAME, "prompt": ["The sky is", "Rivers"], "max_tokens": 8}
     wrapped = client.wrap(plain)

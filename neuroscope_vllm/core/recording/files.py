@@ -44,7 +44,9 @@ def file_content(about: About, heads: Sequence[Head], batches: Iterable[pa.Recor
     schema = SCHEMA.with_metadata({METADATA: footer})
     table = pa.Table.from_batches(batches, schema=SCHEMA).cast(schema)
     sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, row_group_size=ROW_GROUP, compression="zstd")
+    pq.write_table(
+        table, sink, row_group_size=ROW_GROUP, compression="zstd", write_page_checksum=True
+    )
     return sink.getvalue().to_pybytes()
 
 
@@ -156,7 +158,7 @@ class Recording:
         try:
             table = self._rows(place)
             events = to_events(table)
-        except (OSError, pa.ArrowException, KeyError) as error:
+        except (OSError, pa.ArrowException, LookupError, TypeError, ValueError) as error:
             raise _damaged(place.file, error) from None
         if len(events) != place.head.events:
             raise _damaged(place.file, ValueError("rows are missing"))
@@ -178,7 +180,7 @@ def _footer(file: Path) -> _Footer | None:
         version = msgspec.json.decode(content, type=_Version).version
         if version == VERSION:
             return msgspec.json.decode(content, type=_Footer)
-    except (OSError, pa.ArrowException, msgspec.MsgspecError) as error:
+    except (OSError, pa.ArrowException, msgspec.MsgspecError, ValueError) as error:
         raise _damaged(file, error) from None
     raise ConfigError(
         f"{file} is a recording of version {version} and this is neuroscope-vllm for version"
@@ -196,7 +198,7 @@ def _damaged(file: Path, error: Exception) -> ConfigError:
 
 
 def _read_group(file: Path, group: int) -> pa.Table:
-    with pq.ParquetFile(file) as opened:
+    with pq.ParquetFile(file, page_checksum_verification=True) as opened:
         return opened.read_row_group(group)
 
 

@@ -3,7 +3,8 @@
 import { get } from "./api.js";
 import { view } from "./state.js";
 
-export const about = { model: "", sites: [], special: new Set(), tests: [], warnings: [], problems: [], armed: false };
+export const about = { model: "", sites: [], special: new Set(), tests: [], warnings: [], problems: [],
+  recording: null, armed: false };
 const EVERY_MS = 15_000, SOON_MS = 2_000;
 
 export const layers = () => about.sites.map((site) => site.layer);
@@ -28,6 +29,7 @@ export async function watchServer(told, failed) {
         about.tests = said.senders.flatMap((sender) => sender.self_test ?? []);
         about.warnings = said.warnings;
         about.problems = said.problems;
+        about.recording = said.recording;
         about.armed = said.armed;
         told();
       }

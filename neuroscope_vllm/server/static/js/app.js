@@ -1,10 +1,10 @@
 // The page: from what comes in, and what the user does, to what is painted.
 
 import { watchServer } from "./about.js";
-import { listenToBar, paintBar, paintScale } from "./bar.js";
+import { listenToBar, paintBar, paintPause, paintScale } from "./bar.js";
 import { listenToCard, paintCard } from "./card.js";
-import { listenToChat, restore } from "./chat.js";
-import { $, make, speak, tell } from "./dom.js";
+import { catchUp, listenToChat, restore } from "./chat.js";
+import { $, make, speak, status, tell } from "./dom.js";
 import { ranked } from "./filters.js";
 import { focus, look, onFocus, pinned, pinToken } from "./focus.js";
 import { keepStop, onPageKey, onTokenKey, setStop } from "./keys.js";
@@ -13,19 +13,24 @@ import { textOf } from "./rows.js";
 import { listenToScroll, toToken } from "./scroll.js";
 import { searchAgain, listenToSearch } from "./search.js";
 import { layersOf, listenToRows, paintPins, paintRanking, paintToken, repin } from "./side.js";
-import { onView, view } from "./state.js";
+import { isProbe } from "./sent.js";
+import { listenToMenus } from "./share.js";
+import { onView, set, view } from "./state.js";
 import { paintChanges } from "./steer.js";
-import { changes, listen, tracesOf } from "./store.js";
-import { paintStrip, tokenUnder } from "./strip.js";
+import { lookUp } from "./names.js";
+import { changes, forget, listen, pending, tracesOf } from "./store.js";
+import { listenToStrip, paintStrip, tokenUnder } from "./strip.js";
 import { paintTable } from "./table.js";
 import { tokenOf } from "./tokens.js";
-import { latest, mark, paintTokens, recolour, turns, viewOf } from "./transcript.js";
+import { KEPT, latest, mark, paintTokens, recolour, turns, viewOf } from "./transcript.js";
 import { paintTrust } from "./trust.js";
-import { followWatched, listenToWatch, placeFor } from "./watch.js";
+import { followWatched, isPlaced, listenToWatch, placeFor } from "./watch.js";
 
 const SELDOM_MS = 250;         // for lists that change with every token
+const CATCH_UP_MS = 5_000;
+const NOTICES = 5;
 
-let paused = false;
+let paused = false, left = 0;   // requests that had to leave while it was paused
 
 // Lists and strip of the request that is looked at.
 function paintAround() {
@@ -33,13 +38,30 @@ function paintAround() {
   paintRanking();
   paintPins();
   paintStrip();
-  paintTable();
+  paintTable(false);
 }
 const around = seldom(paintAround, SELDOM_MS);
 
-// What came since the last frame. Paused, it stays in the store, and among the changes.
+function pause(on) {
+  paused = on;
+  if (on) return;
+  if (left) onGap(`${left} requests that came while the page was paused are not shown: it shows ${KEPT}`, false);
+  left = 0;
+  schedule(paintNews);
+}
+
+// Paused, news stay in the store, and among the changes.
+function keepNews() {
+  const unseen = view.watch === "all" ? pending().filter((trace) => !isPlaced(trace) && !isProbe(trace.requestId)) : [];
+  const most = unseen.filter((trace) => trace.done).slice(0, Math.max(0, unseen.length - KEPT));
+  for (const trace of most) forget(trace);
+  left += most.length;
+  paintPause(true, unseen.length - most.length);
+}
+
+// What came since the last frame.
 function paintNews() {
-  if (paused) return;
+  if (paused) return keepNews();
   const news = changes();
   for (const trace of news) placeFor(trace);
   if (paintTokens(news)) schedule(paintNews);
@@ -86,20 +108,28 @@ function onChange(changed, navigated) {
   const has = (...names) => names.some((name) => changed.has(name));
   schedule(paintBar);
   if (navigated && has("turn")) restore();
-  if (has("watch")) followWatched();
+  if (has("watch")) {
+    followWatched();
+    schedule(() => { paintAround(); paintToken(); });
+  }
   if (has("card")) paintCard();
-  if (navigated && has("find")) searchAgain();
-  if (has("layer", "dense", "special", "colour", "table")) schedule(refresh);
-  if (has("sort", "pin")) schedule(() => { paintRanking(true); paintPins(); paintStrip(); repin(); });
+  if (navigated && has("find", "by")) searchAgain();
+  if (has("layer", "dense", "special", "colour", "table", "strip")) schedule(refresh);
+  if (has("sort", "pin")) schedule(() => { paintToken(); paintRanking(true); paintPins(); paintStrip(); repin(); });
   if (has("turn")) around();
-  if (has("token")) schedule(() => { follow([]); paintToken(); });
+  if (has("token")) schedule(() => { follow([]); paintToken(); keepStop(); });
+  if (has("pin", "colour")) callByName();
 }
+
+// Features of the URL that no token has told of yet.
+const callByName = () => lookUp([...view.pin, view.colour].filter(Boolean), () => schedule(() => { refresh(); paintBar(); }));
 
 function listenToTokens() {
   const pane = $("turns");
   const at = (event, act) => { const token = tokenOf(event.target); if (token) act(token.view.trace, token.at, event.target); };
   pane.addEventListener("pointerover", (event) => at(event, (trace, i) => { if (!view.token) look(trace, i); }));
-  pane.addEventListener("focusin", (event) => at(event, (trace, i) => look(trace, i)));
+  pane.addEventListener("focusin", (event) => at(event, (trace, i) => { if (!view.token) look(trace, i); }));
+  $("unpin").addEventListener("click", () => set({ token: "" }));
   pane.addEventListener("click", (event) => at(event, (trace, i, span) => { pinToken(trace, i); setStop(span); span.focus(); }));
   pane.addEventListener("keydown", onTokenKey);
   const canvas = $("strip-canvas");
@@ -115,32 +145,40 @@ function listenToTokens() {
   });
 }
 
+const afterGap = seldom(catchUp, CATCH_UP_MS);
+
+function onGap(text, lost) {
+  $("notices").append(make("p", { class: "remark" }, text));
+  if ($("notices").childElementCount > NOTICES) $("notices").firstChild.remove();
+  if (lost) afterGap();
+}
+
 function start() {
   onFocus(() => { schedule(paintToken); schedule(keepStop); around(); }, () => schedule(mark));
-  listen(() => schedule(paintNews), (text) => $("notices").append(make("p", { class: "remark" }, text)));
+  listen(() => schedule(paintNews), onGap);
   onView(onChange);
-  listenToBar((on) => { paused = on; if (!on) schedule(paintNews); });
+  listenToBar(pause);
   listenToCard();
   listenToChat();
+  listenToMenus();
   listenToScroll();
   listenToSearch();
+  listenToStrip();
   listenToTokens();
   listenToWatch();
   for (const root of [$("card"), document.querySelector("aside"), $("strip-names"), $("turns")]) listenToRows(root);
   addEventListener("keydown", onPageKey);
-  addEventListener("resize", () => schedule(paintStrip));
-  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => schedule(paintStrip));
   paintBar();
-  tell("ready");
+  status("ready");
   restore();
   followWatched();
-  searchAgain();
+  callByName();
   let known = "";
   watchServer(() => {
     schedule(paintTrust);
     schedule(paintBar);
     const now = JSON.stringify([...layersOf({ layers: new Map() })]);
-    if (now !== known) { known = now; schedule(refresh); paintCard(); }
+    if (now !== known) { known = now; schedule(refresh); paintCard(); searchAgain(); }
   }, (error) => tell(`the side process does not answer (${error.message})`));
 }
 

@@ -2,12 +2,12 @@
 
 import { layers } from "./about.js";
 import { top } from "./colour.js";
-import { $, make, number } from "./dom.js";
+import { $, make, number, say } from "./dom.js";
 import { textOf } from "./rows.js";
-import { partsOf } from "./store.js";
+import { partsOf } from "./names.js";
 import { set, view } from "./state.js";
 
-const KEYS = [["← →", "token"], ["↑ ↓", "feature of the token"], ["Enter", "pin the feature or token"], ["Esc", "let go"],
+const KEYS = [["← →", "token"], ["↑ ↓", "feature of the token"], ["Enter", "pin the feature or token"], ["c", "card of the feature"], ["Esc", "let go"],
   ["Home End", "first or last token"], ["/", "search"], ["Tab", "from the text to the lists, and on"]];
 
 function options(select, wanted, value) {
@@ -22,10 +22,13 @@ function options(select, wanted, value) {
 export function paintBar() {
   const all = layers();
   $("layers").hidden = all.length < 2;
-  options($("layer"), [...all.map((layer) => [String(layer), String(layer)]), ["all", "side by side"]], view.layer || String(all[0] ?? ""));
+  const one = all.includes(Number(view.layer)) ? view.layer : "";   // a URL may name one that is not served
+  options($("layer"), [...all.map((layer) => [String(layer), String(layer)]), ["all", "side by side"]],
+    view.layer === "all" ? "all" : one || String(all[0] ?? ""));
   const keys = view.colour && !view.pin.includes(view.colour) ? [view.colour, ...view.pin] : view.pin;
   options($("colour"), [["", "by surprise (score)"], ...keys.map((key) => [key, textOf(...partsOf(key))])], view.colour);
   $("dense").checked = view.dense === "";
+  $("strip-open").open = view.strip === "";
   $("special").checked = view.special === "";
 }
 
@@ -33,8 +36,12 @@ export function paintScale() {
   const now = `${top()}`;
   if ($("scale").dataset.top === now) return;
   $("scale").dataset.top = now;
-  $("scale").replaceChildren("0 ", ...Array.from({ length: 9 }, (_, i) => make("i", { "data-level": i + 1 })), ` ${number(top())}`);
+  $("scale").replaceChildren("0 ", ...Array.from({ length: 9 }, (_, i) => make("i", { "data-level": i + 1 })), ` ${number(top())}+`);
 }
+
+// `waiting`: how many requests came meanwhile.
+export const paintPause = (on, waiting = 0) =>
+  say($("pause"), !on ? "Pause" : waiting ? `Resume (${waiting} new)` : "Resume");
 
 // `pause(on)`: what comes is kept, and shown when it goes on.
 export function listenToBar(pause) {
@@ -48,9 +55,10 @@ export function listenToBar(pause) {
   $("pause").addEventListener("click", () => {
     const on = $("pause").getAttribute("aria-pressed") !== "true";
     $("pause").setAttribute("aria-pressed", on);
-    $("pause").textContent = on ? "Resume" : "Pause";
+    paintPause(on);
     pause(on);
   });
+  $("strip-open").addEventListener("toggle", () => set({ strip: $("strip-open").open ? "" : "hide" }));
   $("help").addEventListener("click", () => {
     $("note").replaceChildren(make("h2", { id: "note-title" }, "Keys"),
       make("dl", {}, ...KEYS.flatMap(([key, what]) => [make("dt", {}, make("kbd", {}, key)), make("dd", {}, what)])),

@@ -1,12 +1,11 @@
 // The feature card: what is known of one feature.
 
-import { about } from "./about.js";
 import { get } from "./api.js";
 import { $, inline, make, number, percent } from "./dom.js";
-import { firesOn } from "./fires.js";
+import { activationsOn } from "./fires.js";
 import { example, examples, histogram, logits } from "./parts.js";
 import { featureRow, nameOf } from "./rows.js";
-import { partsOf } from "./store.js";
+import { partsOf } from "./names.js";
 import { set, view } from "./state.js";
 import { steerForm } from "./steer.js";
 
@@ -30,7 +29,7 @@ export async function paintCard() {
     const whole = await get(path).catch((error) => ({ missing: { promoted: error.message } }));
     if (showing === key) weights.replaceChildren(...ofWeights(whole));
   } catch (error) {
-    if (showing === key) dialog.append(make("p", { role: "alert" }, error.message));
+    if (showing === key) dialog.replaceChildren(head(layer, index, "Nothing to show"), make("p", { role: "alert" }, error.message));
   }
 }
 
@@ -54,10 +53,10 @@ function body(card, weights) {
       make("ul", {}, ...card.labels.map((one) => make("li", {}, inline(one.text), make("small", {}, ` ${credit(one)}`)))))] : []),
     make("p", {}, facts(card)),
     card.histogram ? histogram(card.histogram) : missing(card, "histogram"),
-    weights,
     make("section", { class: "examples" }, make("h3", {}, "Where it fires"), ...(card.examples ? examples(card.examples) : [missing(card, "examples")])),
     tryText(card),
     steerForm(card),
+    weights,   // last: it comes late, and nothing should move that somebody reads
   ];
 }
 
@@ -71,10 +70,13 @@ const source = (label) => label ? [credit(label)] : ["Unlabelled: nobody has sai
 const link = ({ neuronpedia }) => neuronpedia?.startsWith("https://www.neuronpedia.org/")
   ? [" · ", make("a", { href: neuronpedia, target: "_blank", rel: "noreferrer noopener" }, "Neuronpedia")] : [];
 
+// Of a folder its end is enough.
+const nameOfSAE = (sae) => sae.startsWith("/") ? sae.split("/").slice(-2).join("/") : sae;
+
 function facts(card) {
   if (card.density === null) return missing(card, "density");
   return `Fires on ${percent(card.density)} of tokens (${card.firings} of ${card.tokens})${card.dense ? ", so often that it says little" : ""};`
-    + ` mean ${number(card.mean)}, largest ${number(card.max)}. SAE: ${card.sae}, ${card.width} features.`;
+    + ` mean ${number(card.mean)}, largest ${number(card.max)}. SAE: ${nameOfSAE(card.sae)}, ${card.width} features.`;
 }
 
 const missing = (card, what) => make("p", { class: "quiet" }, `No ${what}: ${card.missing?.[what] ?? "not known"}`);
@@ -83,7 +85,7 @@ function ofWeights(card) {
   const pairs = card.promoted && card.suppressed
     ? make("div", { class: "columns" }, logits("promotes", card.promoted), logits("suppresses", card.suppressed)) : missing(card, "promoted");
   if (!card.neighbours) return [pairs, ...(card.missing?.neighbours ? [missing(card, "neighbours")] : [])];
-  return [pairs, make("section", {}, make("h3", {}, "Neighbours"), make("ol", {}, ...card.neighbours.map((one) => featureRow(card.layer, one.index,
+  return [pairs, make("section", { class: "neighbours" }, make("h3", {}, "Neighbours"), make("ol", {}, ...card.neighbours.map((one) => featureRow(card.layer, one.index,
     { known: one, numbers: `cosine ${number(one.cosine)}`, share: Math.max(0, one.cosine) }))))];
 }
 
@@ -95,12 +97,11 @@ function tryText(card) {
     event.preventDefault();
     shown.replaceChildren(make("li", {}, "running…"));
     try {
-      const trace = await firesOn(text.value), data = trace.layers.get(card.layer);
-      const activations = trace.tokens.map((token, at) => about.special.has(token.id) ? 0 : data?.activationAt(at, card.index) ?? 0);
-      const activation = Math.max(...activations, 0);
+      const { tokens, activations, top } = await activationsOn(text.value, card.layer, card.index);
+      const activation = activations.reduce((most, one) => Math.max(most, one), 0);
       shown.replaceChildren(activation > 0
-        ? example({ tokens: trace.tokens.map((token) => token.text), activations, activation, at: activations.indexOf(activation) })
-        : make("li", {}, "It is not among the strongest features of any of these tokens."));
+        ? example({ tokens, activations, activation, at: activations.indexOf(activation) })
+        : make("li", {}, top ? "It is not among the strongest features of any of these tokens." : "It fires on none of these tokens."));
     } catch (error) { shown.replaceChildren(make("li", { role: "alert" }, error.message)); }
   });
   return form;

@@ -2,15 +2,18 @@
 
 import { shown } from "./about.js";
 import { hiddenFeature, hiddenToken } from "./filters.js";
-import { partsOf } from "./store.js";
+import { partsOf } from "./names.js";
 import { view } from "./state.js";
 
 const STEPS = [1, 1.5, 2, 3, 4, 5, 7.5, 10];
-let key = null, most = 0, seen = new WeakMap();
+let key = null, seen = new WeakMap();
+let best = { prompt: 0, answer: 0 };   // the largest values so far
+let most = 0;                          // the scale's end
 
 export const top = () => most;
 
 function above(value) {
+  if (!value) return 0;
   const power = 10 ** Math.floor(Math.log10(value));
   return power * STEPS.find((step) => step * power >= value * (1 - 1e-9));
 }
@@ -35,17 +38,20 @@ export function value(trace, at) {
 
 export const level = (value) => value > 0 && most > 0 ? Math.min(9, Math.max(1, Math.ceil(9 * value / most))) : 0;
 
-// Fit the scale to tokens that came since; true where all must be coloured anew.
+// Fit the scale to tokens that came since; true where all must be coloured anew. It ends where
+// answers do: the words of chat templates would leave them pale.
 export function fit(traces) {
   const now = [view.colour, view.special, view.dense, view.layer].join();
   const anew = now !== key;
-  if (anew) { key = now; most = 0; seen = new WeakMap(); }
-  let best = 0;
+  if (anew) { key = now; best = { prompt: 0, answer: 0 }; seen = new WeakMap(); }
   for (const trace of traces) {
-    for (let at = seen.get(trace) ?? 0; at < trace.tokens.length; at++) best = Math.max(best, value(trace, at));
+    for (let at = seen.get(trace) ?? 0; at < trace.tokens.length; at++) {
+      const kind = trace.tokens[at].prompt ? "prompt" : "answer";
+      best[kind] = Math.max(best[kind], value(trace, at));
+    }
     seen.set(trace, trace.tokens.length);
   }
-  if (best <= most) return anew;
-  most = above(best);
-  return true;
+  const end = above(best.answer || best.prompt), other = end !== most;
+  most = end;
+  return anew || other;
 }

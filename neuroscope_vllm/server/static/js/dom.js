@@ -32,8 +32,20 @@ export function say(node, text) {
   if (node.textContent !== text) node.textContent = text;
 }
 
-// In the status line, which screen readers read out, too.
-export const tell = (text) => say($("state"), text);
+// The status line, which screen readers read out, too: what holds, and for a while what happened.
+const TOLD_MS = 6000;
+let holds = "", telling = 0;
+
+export function status(text) {
+  holds = text;
+  if (!telling) say($("state"), text);
+}
+
+export function tell(text) {
+  clearTimeout(telling);
+  telling = setTimeout(() => { telling = 0; say($("state"), holds); }, TOLD_MS);
+  say($("state"), text);
+}
 
 let timer;
 // For screen readers alone; of several in a row only the last.

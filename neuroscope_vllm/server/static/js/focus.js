@@ -16,6 +16,7 @@ export function onFocus(token, feature) {
   featureMoved = feature;
 }
 
+// A token as the URL names it.
 export const tokenName = (trace, at) => `${trace.internalId}@${trace.first + at}`;
 
 export function look(trace, at) {

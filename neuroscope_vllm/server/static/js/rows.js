@@ -3,13 +3,13 @@
 import { about } from "./about.js";
 import { inline, make, number } from "./dom.js";
 import { focus } from "./focus.js";
-import { keyOf, names } from "./store.js";
+import { keyOf, known as knownOf } from "./names.js";
 import { view } from "./state.js";
 
 const DOUBT = "unreliable: this label scored little better than chance";
 
 // `known`: {label, unreliable} where the caller knows better than what the stream told.
-export function nameOf(layer, index, known = names.get(keyOf(layer, index))) {
+export function nameOf(layer, index, known = knownOf(layer, index)) {
   const node = make("span", { class: known?.unreliable ? "label doubt" : "label", dir: "auto" });
   if (known?.label) node.append(inline(known.label));
   else node.append(make("i", {}, "unlabelled"));
@@ -18,7 +18,7 @@ export function nameOf(layer, index, known = names.get(keyOf(layer, index))) {
 }
 
 export function textOf(layer, index) {
-  const label = names.get(keyOf(layer, index))?.label;
+  const label = knownOf(layer, index)?.label;
   const short = label && (label.length > 60 ? label.slice(0, 59) + "…" : label);
   return (short ? `${inline(short)} ` : "") + `[${about.sites.length > 1 ? `${layer}:` : ""}${index}]`;
 }
@@ -38,4 +38,4 @@ export function featureRow(layer, index, { numbers, share = null, known, chosen 
   return row;
 }
 
-export const strength = ({ activation, score }) => `${number(activation)} · score ${number(score)}`;
+export const strength = ({ activation, score }) => `activation ${number(activation)} · score ${number(score)}`;

@@ -13,6 +13,11 @@ export function toEnd() {
   box.scrollTop = box.scrollHeight;
 }
 
+export function toTurn(element) {
+  stuck = false;
+  element.scrollIntoView();
+}
+
 export function toToken(span) {
   stuck = false;
   span?.scrollIntoView({ block: "center" });

@@ -1,10 +1,11 @@
 // Finding features: by the words of their labels, by index, by a text they fire on.
 
-import { shown } from "./about.js";
+import { about, shown } from "./about.js";
 import { get } from "./api.js";
 import { $, inline, make } from "./dom.js";
 import { ranked } from "./filters.js";
 import { firesOn } from "./fires.js";
+import { learn } from "./names.js";
 import { featureRow, strength } from "./rows.js";
 import { set, view } from "./state.js";
 
@@ -21,7 +22,7 @@ function close() {
   asked++;
   $("found").hidden = true;
   $("found").replaceChildren();
-  set({ find: "" });
+  set({ find: "", by: "" });
 }
 
 const row = (label) => featureRow(label.layer, label.index, {
@@ -29,13 +30,19 @@ const row = (label) => featureRow(label.layer, label.index, {
   numbers: [label.labeller, label.score === null || label.score === undefined ? null : `label's score ${label.score}`].filter(Boolean).join(" · ") || "no label",
 });
 
+const widthOf = (layer) => about.sites.find((site) => site.layer === layer)?.sae.width ?? Infinity;
+const range = (layer) => `layer ${layer} has 0 to ${widthOf(layer) - 1}`;
+
 async function byWords(words) {
   const index = /^\d+$/.test(words) ? Number(words) : null;
   const query = new URLSearchParams(index === null ? { q: words, limit: LIMIT } : { index, limit: LIMIT });
   const { data, total } = await get(`v1/features/labels?${query}`);
-  const bare = index === null ? [] : shown().filter((layer) => !data.some((one) => one.layer === layer)).map((layer) => ({ layer, index }));
+  const bare = index === null ? [] : shown().filter((layer) => index < widthOf(layer) && !data.some((one) => one.layer === layer))
+    .map((layer) => ({ layer, index }));
   const found = [...data, ...bare];
-  return [found.length ? `${total || found.length} found for “${words}”` : `No label has “${words}”`, found.map(row)];
+  for (const one of data) learn(one.layer, one.index, { label: one.text, unreliable: one.unreliable });
+  if (!found.length) return [index === null ? `No label has “${words}”` : `No feature ${index}: ${shown().map(range).join(", ")}`, []];
+  return [total > found.length ? `${found.length} of ${total} found for “${words}”` : `${found.length} found for “${words}”`, found.map(row)];
 }
 
 async function byText(text) {
@@ -59,7 +66,7 @@ async function search(find, text) {
 
 export function searchAgain() {
   $("query").value = view.find;
-  if (view.find) search(byWords, view.find);
+  if (view.find) search(view.by === "text" ? byText : byWords, view.find);
 }
 
 export function listenToSearch() {
@@ -67,13 +74,14 @@ export function listenToSearch() {
     event.preventDefault();
     const words = $("query").value.trim();
     if (!words) return close();
-    set({ find: words });
+    set({ find: words, by: "" });
     return search(byWords, words);
   });
   $("fires").addEventListener("click", () => {
     const text = $("query").value;
-    if (text.trim()) search(byText, text);
-    else $("query").focus();
+    if (!text.trim()) return $("query").focus();
+    set({ find: text, by: "text" });
+    return search(byText, text);
   });
   $("query").addEventListener("keydown", (event) => { if (event.key === "Escape") close(); });
 }

@@ -7,4 +7,9 @@ export const sent = {
   },
 };
 
-export const newId = () => "page-" + [...crypto.getRandomValues(new Uint8Array(8))].map((byte) => byte.toString(16).padStart(2, "0")).join("");
+export const newId = (kind = "page") => `${kind}-` + [...crypto.getRandomValues(new Uint8Array(8))].map((byte) => byte.toString(16).padStart(2, "0")).join("");
+
+// The page's own questions to the model are nobody's request.
+const PROBE = "page-try";
+export const newProbe = () => newId(PROBE);
+export const isProbe = (requestId) => requestId.startsWith(`cmpl-${PROBE}-`);

@@ -2,16 +2,20 @@
 
 import { get } from "./api.js";
 import { $, make, tell } from "./dom.js";
-import { sent } from "./sent.js";
+import { newId, sent } from "./sent.js";
 
 const here = () => new URL(".", location.href).href.replace(/\/$/, "");
 const quoted = (text) => `'${text.replaceAll("'", "'\\''")}'`;
 
+// Whoever sends it again sends another request: two of one name would be told as one.
+const again = () => newId("again");
+
 export function asCurl(id) {
-  const record = sent.get(id), stream = `curl -N ${quoted(`${here()}/v1/features/stream?${new URLSearchParams({ request_id: id })}`)}`;
+  const record = sent.get(id), name = record ? again() : id;
+  const stream = `curl -N ${quoted(`${here()}/v1/features/stream?${new URLSearchParams({ request_id: name })}`)}`;
   if (!record) return stream;
   return `curl ${quoted(`${here()}/v1/chat/completions`)} -H 'Content-Type: application/json' \\\n`
-    + `  -H 'X-Request-Id: ${id}' -d ${quoted(JSON.stringify(record.body))}\n${stream}`;
+    + `  -H 'X-Request-Id: ${name}' -d ${quoted(JSON.stringify(record.body))}\n${stream}`;
 }
 
 // JSON is a Python literal but for these three words.
@@ -19,7 +23,7 @@ const python = (value) => JSON.stringify(value, null, 2).replace(/"(?:[^"\\]|\\.
   (word) => ({ true: "True", false: "False", null: "None" })[word] ?? word);
 
 export function asPython(id) {
-  const record = sent.get(id), name = JSON.stringify(id);
+  const record = sent.get(id), name = JSON.stringify(record ? again() : id);
   if (!record) {
     return `import neuroscope_vllm\n\nclient = neuroscope_vllm.Client(${JSON.stringify(here())})\n`
       + `for event in client.stream(${name}):\n    print(event)\n`;
@@ -62,7 +66,21 @@ export function menu(turn) {
     { type: "button", onclick: () => act(id) }, turn.ids.length > 1 ? `${what} (${i ? "right" : "left"})` : what));
   const pages = turn.ids.map((id, i) => make("a", { href: `export/${encodeURIComponent(id)}`, download: `${id}.html` },
     turn.ids.length > 1 ? `Page (${i ? "right" : "left"})` : "Page"));
-  return make("details", { class: "menu" }, make("summary", {}, "Copy, export"), make("div", {},
+  const box = make("details", { class: "menu" }, make("summary", {}, "Copy, export"), make("div", {},
     ...each("Copy as curl", (id) => copy(asCurl(id), "curl")), ...each("Copy as Python", (id) => copy(asPython(id), "Python")),
     make("button", { type: "button", onclick: () => json(turn) }, "JSON"), ...pages));
+  box.addEventListener("keydown", (event) => {
+    if (event.key !== "Escape" || !box.open) return;
+    box.open = false;
+    box.querySelector("summary").focus();
+  });
+  box.addEventListener("click", (event) => { if (event.target.closest("button, a")) box.open = false; });
+  return box;
+}
+
+// A menu closes when something else is chosen.
+export function listenToMenus() {
+  addEventListener("pointerdown", ({ target }) => {
+    for (const box of document.querySelectorAll(".menu[open]")) if (!box.contains(target)) box.open = false;
+  });
 }

@@ -2,10 +2,10 @@
 
 import { about, shown } from "./about.js";
 import { $, inline, make, number, say } from "./dom.js";
-import { features, ranked, sums } from "./filters.js";
-import { focus, lookAtFeature, pinFeature } from "./focus.js";
+import { answered, counted, features, ranked, sums } from "./filters.js";
+import { focus, lookAtFeature, pinFeature, tokenName } from "./focus.js";
 import { featureRow, strength } from "./rows.js";
-import { keyOf, partsOf } from "./store.js";
+import { keyOf, partsOf } from "./names.js";
 import { set, view } from "./state.js";
 
 const LISTED = 50;
@@ -20,24 +20,34 @@ export function paintToken() {
   if (!token) {
     say($("which"), "Point at a token to see its features.");
     $("token-features").replaceChildren();
+    $("unpin").hidden = true;
     return;
   }
-  const pinned = view.token ? " (pinned)" : "";
-  say($("which"), `${JSON.stringify(inline(token.text))} at ${trace.first + at}, token ${token.id}${pinned}`);
+  const pinned = view.token === tokenName(trace, at);
+  $("unpin").hidden = !pinned;
+  say($("which"), `${JSON.stringify(inline(token.text))} at ${trace.first + at}, token ${token.id}${pinned ? " (pinned)" : ""}`);
   $("token-features").replaceChildren(...layersOf(trace).map((layer) => oneLayer(trace, layer, at)));
   const rows = tokenRows();
   rows[focus.row]?.classList.add("chosen");
 }
 
 function oneLayer(trace, layer, at) {
-  const data = trace.layers.get(layer), found = features(trace, layer, at);
+  const data = trace.layers.get(layer), found = inOrder(features(trace, layer, at), sums(trace, layer));
+  const hidden = (data?.count[at] ?? 0) - found.length;
   const most = Math.max(...found.map((one) => one.activation), 0), l0 = data?.l0[at] ?? -1;
   const steered = (data?.steered.get(at) ?? []).map(({ index, before, after }) =>
     make("p", { class: "remark" }, `feature ${index} steered: ${number(before)} → ${number(after)}`));
   const rows = found.map((one) => featureRow(layer, one.index, { numbers: strength(one), share: one.activation / most }));
   return make("section", { class: "layer", "aria-label": `layer ${layer}` },
     make("h3", {}, `layer ${layer} · L0 ${l0 < 0 ? "–" : l0}`), ...steered,
-    found.length ? make("ol", {}, ...rows) : make("p", { class: "quiet" }, lack(trace, data, at)));
+    found.length ? make("ol", {}, ...rows) : make("p", { class: "quiet" }, lack(trace, data, at)),
+    found.length && hidden ? make("p", { class: "quiet" }, `and ${hidden} dense (hidden: see the filters)`) : null);
+}
+
+// As the lists are sorted; by frequency: how often each is on top in this request.
+function inOrder(found, counts) {
+  const of = { activation: (one) => one.activation, frequency: (one) => counts.get(one.index)?.count ?? 0 }[view.sort];
+  return of ? found.sort((a, b) => of(b) - of(a)) : found;
 }
 
 function lack(trace, data, at) {
@@ -54,7 +64,8 @@ export function paintRanking(now = false) {
   if (!now && held(list)) return;
   $("sort").value = view.sort;
   if (!trace) { list.replaceChildren(); return; }
-  const found = ranked(trace, layersOf(trace), LISTED), tokens = trace.tokens.length;
+  const found = ranked(trace, layersOf(trace), LISTED), tokens = counted(trace);
+  say($("ranking-of"), `Features of this ${answered(trace) ? "answer" : "prompt"}`);
   const of = { surprise: "score", activation: "activation", frequency: "count" }[view.sort] ?? "score";
   const most = Math.max(...found.map((one) => one[of]), 0);
   refill(list, found.map((one) => featureRow(one.layer, one.index, {
@@ -69,7 +80,7 @@ export function paintPins() {
     const [layer, index] = partsOf(key);
     const sum = trace && sums(trace, layer).get(index);
     return featureRow(layer, index, {
-      numbers: sum ? `${strength(sum)} · on ${sum.count} of ${trace.tokens.length}` : "not on top in this request",
+      numbers: sum ? `${strength(sum)} · on ${sum.count} of ${counted(trace)}` : `not on top in this ${trace && answered(trace) ? "answer" : "prompt"}`,
     });
   }));
 }

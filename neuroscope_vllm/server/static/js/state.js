@@ -11,8 +11,18 @@ const DEFAULTS = {
   dense: "",            // "show"
   special: "",          // "show"
   table: "",            // "show"
+  strip: "",            // "hide"
   card: "",             // the feature whose card is open
-  find: "",             // words last searched for
+  find: "",             // what was last searched for
+  by: "",               // "text": by what fires on it
+};
+
+// What a URL may say; the rest is left out as if it were not there.
+const FEATURE = /^\d{1,4}:\d{1,9}$/;
+const VALID = {
+  watch: /./, turn: /^[^~]+(~[^~]+)?$/, layer: /^(\d{1,4}|all)$/, colour: FEATURE, pin: FEATURE, token: /^.+@\d{1,9}$/,
+  sort: /^(surprise|activation|frequency)$/, dense: /^show$/, special: /^show$/, table: /^show$/, strip: /^hide$/,
+  card: FEATURE, find: /./, by: /^text$/,
 };
 
 export const view = structuredClone(DEFAULTS);
@@ -46,7 +56,8 @@ export function set(patch, push = false) {
 function read() {
   const query = new URLSearchParams(location.hash.slice(1)), changed = new Set();
   for (const [name, usual] of Object.entries(DEFAULTS)) {
-    const value = Array.isArray(usual) ? query.getAll(name) : query.get(name) ?? usual;
+    const said = [...new Set(query.getAll(name))].filter((one) => VALID[name].test(one));
+    const value = Array.isArray(usual) ? said : said[0] ?? usual;
     if (!same(value, view[name])) changed.add(name);
     view[name] = value;
   }

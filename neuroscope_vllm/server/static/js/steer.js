@@ -1,18 +1,19 @@
 // Steering from a card: the same message answered with and without, side by side.
 
 import { about } from "./about.js";
-import { ask, lastMessages } from "./chat.js";
+import { ask, lastMessages, user } from "./chat.js";
 import { $, make, number } from "./dom.js";
 import { features } from "./filters.js";
 import { nameOf } from "./rows.js";
 import { layersOf } from "./side.js";
-import { keyOf, partsOf, tracesOf } from "./store.js";
+import { keyOf, partsOf } from "./names.js";
+import { tracesOf } from "./store.js";
 
 const CHANGES = 8;
 
 export function steerForm(card) {
   const unit = card.max ? "max" : "raw";
-  const [from, to, step, usual] = unit === "max" ? [-10, 10, 0.5, 3] : [-200, 200, 5, 40];
+  const [from, to, step, usual] = unit === "max" ? [-5, 5, 0.25, 1] : [-200, 200, 5, 40];
   const messages = lastMessages();
   const op = make("select", { "aria-label": "how" }, ...["add", "clamp", "scale", "ablate"].map((name) => make("option", {}, name)));
   const slider = make("input", { type: "range", min: from, max: to, step, value: usual, "aria-label": "strength" });
@@ -33,8 +34,8 @@ export function steerForm(card) {
     if (edit.op !== "ablate") edit.value = Number(slider.value);
     if (unit === "max" && ["add", "clamp"].includes(edit.op)) edit.unit = "max";
     $("card").close();
-    ask([...messages.slice(0, -1), { role: "user", content: text.value }],
-      [{ temperature: 0 }, { temperature: 0, vllm_xargs: { neuroscope: JSON.stringify({ steer: [edit] }) } }],
+    const asked = { messages: [...messages.slice(0, -1), user(text.value)], temperature: 0 };
+    ask([asked, { ...asked, vllm_xargs: { neuroscope: JSON.stringify({ steer: [edit] }) } }],
       ["without", `${edit.op} feature ${card.index}${slider.disabled ? "" : `: ${value.textContent}`}`]);
   });
   return form;

@@ -1,20 +1,20 @@
-// All that the page has heard: traces by the engine's id, and what features are called.
+// All that the page has heard: traces by the engine's id.
 
+import { learn } from "./names.js";
 import { Trace } from "./trace.js";
 
 export const traces = new Map();
-export const names = new Map();       // "20:2553" -> {label, unreliable, dense}
 const changed = new Set();
 let onChange = () => {}, onGap = () => {};
 
-export const keyOf = (layer, index) => `${layer}:${index}`;
-export const partsOf = (key) => key.split(":").map(Number);
-
-// `heard` is called after every event, `gap(text)` for what no single request lost.
+// `heard` is called after every event, `gap(text, lost)` for what no single request lost; `lost`:
+// events went by that the server may still have.
 export function listen(heard, gap) {
   onChange = heard;
   onGap = gap;
 }
+
+export const pending = () => [...changed];
 
 export function changes() {
   const found = [...changed];
@@ -32,6 +32,7 @@ export const tracesOf = (id) => [...traces.values()].filter((trace) => isOf(trac
 
 export function forget(trace) {
   traces.delete(trace.internalId);
+  changed.delete(trace);
 }
 
 function open(event) {
@@ -40,11 +41,8 @@ function open(event) {
   return trace;
 }
 
-function learn(event) {
-  for (const { index, label = null, dense = false, unreliable = false } of event.top_features) {
-    const key = keyOf(event.layer, index);
-    if (!names.has(key)) names.set(key, { label, dense, unreliable });
-  }
+function learnAll(event) {
+  for (const feature of event.top_features) learn(event.layer, feature.index, { dense: false, ...feature });
 }
 
 const gapText = (event) =>
@@ -52,8 +50,8 @@ const gapText = (event) =>
 
 const tellers = {
   request: (trace, event) => trace.begin(event),
-  prompt: (trace, event) => { learn(event); trace.token(event); },
-  token: (trace, event) => { learn(event); trace.token(event); },
+  prompt: (trace, event) => { learnAll(event); trace.token(event); },
+  token: (trace, event) => { learnAll(event); trace.token(event); },
   rule: (trace, event) => trace.note(`⚑ ${event.tag ?? event.rule}`,
     `feature ${event.feature} of layer ${event.layer} at ${event.activation}${event.stop ? ", which ends the answer" : ""}`),
   steering: (trace, event) => {
@@ -72,7 +70,7 @@ const tellers = {
 export function retell(events) {
   const trace = new Trace(events[0]);
   for (const event of events) {
-    if (["prompt", "token"].includes(event.event)) learn(event);
+    if (["prompt", "token"].includes(event.event)) learnAll(event);
     if (event.event === "request") trace.begin(event);
     else if (event.event === "prompt" || event.event === "token") trace.token(event);
   }
@@ -81,8 +79,8 @@ export function retell(events) {
 
 export function take(name, event, id) {
   if (!event.internal_id) {
-    if (name === "gap") onGap(gapText(event));
-    else if (name === "goodbye") onGap(`the server stops (${event.reason})`);
+    if (name === "gap") onGap(gapText(event), true);
+    else if (name === "goodbye") onGap(`the server stops (${event.reason})`, false);
     return;
   }
   const trace = open(event), told = ["prompt", "token", "request"].includes(name);

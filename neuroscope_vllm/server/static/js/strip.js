@@ -3,21 +3,37 @@
 import { $, make } from "./dom.js";
 import { ranked } from "./filters.js";
 import { focus } from "./focus.js";
+import { schedule } from "./paint.js";
 import { nameOf } from "./rows.js";
 import { layersOf } from "./side.js";
-import { keyOf, partsOf } from "./store.js";
+import { keyOf, partsOf } from "./names.js";
 import { view } from "./state.js";
 
 const LINES = 10, LINE_PX = 18;
 let lines = [];          // [layer, index]
+let width = 0;           // CSS pixels; asking the canvas would lay out the page in every frame
+let colours = null;
 
-// The tokens' colours, read from the scale so that both agree.
-const palette = () => ["transparent", ...[...$("scale").children].map((step) => getComputedStyle(step).backgroundColor)];
+// The cursor's colour, and the tokens' nine levels from 1 on, read from the scale so that both agree.
+function palette() {
+  return colours ??= [getComputedStyle($("strip-canvas")).color,
+    ...[...$("scale").children].map((step) => getComputedStyle(step).backgroundColor)];
+}
+
+export function listenToStrip() {
+  new ResizeObserver(([{ contentRect }]) => {
+    width = contentRect.width;
+    schedule(paintStrip);
+  }).observe($("strip-canvas"));
+  for (const media of ["(prefers-color-scheme: dark)", "(forced-colors: active)"]) {
+    matchMedia(media).addEventListener("change", () => { colours = null; schedule(paintStrip); });
+  }
+}
 
 export function paintStrip() {
   const { trace } = focus;
   $("strip").hidden = !trace?.tokens.length || view.table !== "";
-  if ($("strip").hidden) return;
+  if ($("strip").hidden || view.strip) return;
   const among = view.pin.map(partsOf), top = ranked(trace, layersOf(trace), LINES).map((one) => [one.layer, one.index]);
   const keys = new Set(among.map(String));
   const wanted = [...among, ...top.filter((one) => !keys.has(String(one)))].slice(0, Math.max(LINES, among.length));
@@ -31,18 +47,18 @@ export function paintStrip() {
       return row;
     }));
   }
-  draw(trace);
+  if (width >= 1 && $("scale").childElementCount) draw(trace);
 }
 
 function draw(trace) {
   const canvas = $("strip-canvas"), scale = devicePixelRatio || 1;
-  const width = canvas.clientWidth, height = lines.length * LINE_PX, tokens = trace.tokens.length;
-  canvas.style.setProperty("height", `${height}px`);
+  const height = lines.length * LINE_PX, tokens = trace.tokens.length;
   if (canvas.width !== Math.round(width * scale) || canvas.height !== Math.round(height * scale)) {
     canvas.width = Math.round(width * scale);
     canvas.height = Math.round(height * scale);
+    canvas.style.setProperty("height", `${height}px`);
   }
-  const context = canvas.getContext("2d"), colours = palette();
+  const context = canvas.getContext("2d"), steps = palette();
   context.setTransform(scale, 0, 0, scale, 0, 0);
   context.clearRect(0, 0, width, height);
   const columns = Math.min(tokens, Math.floor(width)), step = Math.min(width / columns, 14);
@@ -50,12 +66,12 @@ function draw(trace) {
     const best = strongest(trace, layer, index, columns), most = Math.max(...best);
     for (let column = 0; column < columns; column++) {
       if (!(best[column] > 0)) continue;
-      context.fillStyle = colours[Math.max(1, Math.ceil(9 * best[column] / most))];
+      context.fillStyle = steps[Math.max(1, Math.ceil(9 * best[column] / most))];
       context.fillRect(column * step, line * LINE_PX + 1, Math.max(1, step - (step > 3 ? 1 : 0)), LINE_PX - 2);
     }
   });
   if (focus.at >= 0) {
-    context.fillStyle = getComputedStyle(canvas).color;
+    context.fillStyle = steps[0];
     context.fillRect(Math.floor(focus.at * columns / tokens) * step, 0, 1, height);
   }
   canvas.step = step;

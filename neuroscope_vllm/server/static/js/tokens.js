@@ -1,18 +1,26 @@
-// The tokens of one trace as spans, in blocks that the browser leaves out while they are off screen.
+// The tokens of one trace as spans, in blocks that the browser leaves out while they are off screen;
+// those far off are coloured and marked when they come near.
 
 import { about } from "./about.js";
 import { level, value } from "./colour.js";
 import { make, visible } from "./dom.js";
 
-const BLOCK = 128;
+const BLOCK = 128, NEAR_PX = 1500;
+
+const nearing = new IntersectionObserver((entries) => {
+  for (const { target, isIntersecting } of entries) {
+    target.near = isIntersecting;
+    if (isIntersecting && target.stale) target.view.paint(target);
+  }
+}, { rootMargin: `${NEAR_PX}px` });
 
 export class TokenView {
   spans = [];            // by token, from `from` on
   root = make("div", { class: "tokens", role: "group" });
-  #block = null;
-  #inBlock = 0;
+  #blocks = [];
+  #block = null;         // the one that grows
   #notes = 0;
-  #marked = [];
+  #feature = null;       // [layer, index] whose tokens are outlined
 
   constructor(trace, from = 0) {
     this.trace = trace;
@@ -25,8 +33,9 @@ export class TokenView {
     this.from = from;
     this.told = this.trace.told;
     this.spans = [];
+    for (const block of this.#blocks) nearing.unobserve(block);
+    this.#blocks = [];
     this.#block = null;
-    this.#marked = [];
     this.#notes = this.trace.notes.findIndex((note) => note.at >= from);
     if (this.#notes < 0) this.#notes = this.trace.notes.length;
     this.root.replaceChildren();
@@ -64,44 +73,57 @@ export class TokenView {
 
   #into() {
     if (!this.#block) {
-      this.root.append(this.#block = make("div", { class: "block" }));
-      this.#inBlock = 0;
+      this.#block = Object.assign(make("div", { class: "block" }), { view: this, spans: [], near: true, stale: false });
+      this.#blocks.push(this.#block);
+      this.root.append(this.#block);
+      nearing.observe(this.#block);
     }
     return this.#block;
   }
 
   #add(at, token) {
     const span = document.createElement("span");
-    span.textContent = visible(token.text).replaceAll("\n", "⏎\n") || "·";
+    span.textContent = visible(token.text).replaceAll("\n", "⏎\n");   // nothing: see the style sheet
     span.className = token.prompt ? "t prompt" : "t";
     if (!token.text) { span.classList.add("part"); span.title = "part of a character"; }
     span.at = at;
-    this.#look(span, at);
+    this.#look(span);
     this.spans.push(span);
-    this.#into().append(span);
+    const block = this.#into();
+    block.append(span);
     // A block is a line of its own, so it ends where the text does, if that is soon.
-    if (++this.#inBlock >= BLOCK && (token.text.includes("\n") || this.#inBlock >= 1.5 * BLOCK)) this.#block = null;
+    const full = block.spans.push(span);
+    if (full >= BLOCK && (token.text.includes("\n") || full >= 1.5 * BLOCK)) this.#block = null;
   }
 
-  #look(span, at) {
-    const now = level(value(this.trace, at)), special = about.special.has(this.trace.tokens[at].id);
+  #look(span) {
+    const { trace } = this, now = level(value(trace, span.at)), special = about.special.has(trace.tokens[span.at].id);
     if (span.special !== special) span.classList.toggle("special", span.special = special);
+    const hit = this.#feature !== null && trace.layers.get(this.#feature[0])?.activationAt(span.at, this.#feature[1]) > 0;
+    if (Boolean(span.hit) !== hit) span.classList.toggle("hit", span.hit = hit);
     if (span.level === now) return;
     span.level = now;
     if (now) span.dataset.level = now;
     else delete span.dataset.level;
   }
 
-  colour() {
-    this.spans.forEach((span, i) => this.#look(span, this.from + i));
+  paint(block) {
+    block.stale = false;
+    for (const span of block.spans) this.#look(span);
   }
 
-  // Outline the tokens that a feature fires on.
-  mark(layer, index) {
-    for (const span of this.#marked) span.classList.remove("hit");
-    this.#marked = index === null ? [] : this.spans.filter((span) =>
-      this.trace.layers.get(layer)?.activationAt(span.at, index) > 0);
-    for (const span of this.#marked) span.classList.add("hit");
+  colour() {
+    for (const block of this.#blocks) {
+      if (block.near) this.paint(block);
+      else block.stale = true;
+    }
+  }
+
+  // Outline the tokens that a feature fires on; null: none.
+  mark(feature) {
+    if (String(feature) === String(this.#feature)) return;
+    this.#feature = feature;
+    this.colour();
   }
 }
 

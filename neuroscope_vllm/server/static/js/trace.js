@@ -126,19 +126,22 @@ export class Trace {
 
   begin(event) {
     this.asked = event.prompt_tokens;
-    if (event.retold && this.tokens.length && !this.done) {
-      Object.assign(this, { tokens: [], notes: [], layers: new Map(), first: null, done: null, prompt: 0 });
-      this.told++;
-    }
+    if (event.retold && this.tokens.length && !this.done) this.#anew();
     this.steering = event.steering ?? null;
     this.created = event.created ?? this.created;
     for (const layer of event.layers ?? []) this.layer(layer);
   }
 
+  #anew() {
+    Object.assign(this, { tokens: [], notes: [], layers: new Map(), first: null, done: null, prompt: 0 });
+    this.told++;
+  }
+
   token(event) {
+    // Heard from its middle on until now: it is being told from its start.
+    if (event.position < this.first) this.#anew();
     this.first ??= event.position;
     const at = event.position - this.first;
-    if (at < 0) return;
     while (this.tokens.length < at) this.tokens.push({ text: "", id: -1, prompt: false });
     if (at === this.tokens.length || this.tokens[at].id < 0) {
       const prompt = event.phase === "prompt";

@@ -1,15 +1,15 @@
 // The requests on the page, each with its tokens: my turns first of all, and others that are watched.
 
 import { fit } from "./colour.js";
-import { $, inline, make, visible } from "./dom.js";
+import { $, inline, make, number, say, visible } from "./dom.js";
 import { focus } from "./focus.js";
 import { forget, isOf, tracesOf } from "./store.js";
 import { TokenView } from "./tokens.js";
 
-const KEPT = 30;               // watched requests on the page
+export const KEPT = 100;       // watched requests on the page
 const BUDGET = 500;            // tokens added in one frame
 
-export const turns = [];       // {ids, asked, element, bodies, watched}
+export const turns = [];       // {ids, asked, element, meta, bodies, watched}
 const views = new Map();       // internal id -> TokenView
 const waiting = new Set();     // traces with tokens that are not on the page yet
 
@@ -17,18 +17,19 @@ export const allViews = () => [...views.values()];
 export const viewOf = (trace) => views.get(trace.internalId);
 export const latest = () => turns.at(-1)?.ids.flatMap(tracesOf).at(-1) ?? null;
 
-// A turn, or a request of somebody else (`watched`). `buttons(turn)` gives what stands in its head.
-export function addTurn({ ids, titles = [], asked = null, watched = false }, buttons) {
-  const turn = { ids, asked, watched, bodies: [], answers: [] };
-  turn.bodies = ids.map((id, i) => {
-    const plain = make("p", { class: "plain" }, asked === null ? "" : visible(asked));
-    const body = make("div", { class: "answer" }, titles[i] ? make("h3", {}, inline(titles[i])) : null, plain);
-    body.plain = plain;
-    return body;
+// A turn, or a request of somebody else (`watched`). `asked`: the message, shown until its tokens
+// are there; `titles`: of each answer; `buttons(turn)` gives what stands in its head.
+export function addTurn({ ids, heading, titles = [], asked = null, watched = false, remark = "" }, buttons) {
+  const turn = { ids, asked, watched, meta: make("small", {}) };
+  turn.bodies = ids.map((_, i) => {
+    const parts = { named: make("h3", { hidden: !titles[i] }, inline(titles[i] ?? "")), plain: make("p", { class: "plain" }, visible(asked ?? "")),
+      tokens: make("div"), failed: make("p", { class: "remark", role: "alert", hidden: true }) };
+    return Object.assign(make("div", { class: "answer" }, ...Object.values(parts)), parts);
   });
   turn.changes = make("div", { class: "changes" });
   turn.element = make("article", { class: watched ? "turn watched" : "turn" },
-    make("header", {}, make("h2", {}, inline(ids.join(" and "))), ...buttons(turn)),
+    make("header", {}, make("h2", { title: ids.join(" and ") }, inline(heading), " ", turn.meta), ...buttons(turn)),
+    remark ? make("p", { class: "quiet" }, remark) : null,
     make("div", { class: ids.length > 1 ? "answers pair" : "answers" }, ...turn.bodies), turn.changes);
   turns.push(turn);
   if (!watched) busy(turn, true);
@@ -50,14 +51,35 @@ export function removeTurn(turn, forgotten = false) {
 
 const busy = (turn, is) => turn.element.setAttribute("aria-busy", is);
 
+// Every answer is told and shown to its end, or failed before it began.
+const isOver = (turn) => turn.ids.every((id, i) => {
+  const found = tracesOf(id);
+  return found.length ? found.every((trace) => trace.done && !waiting.has(trace)) : !turn.bodies[i].failed.hidden;
+});
+
 // The text of an answer whose tokens the stream does not tell, or not yet.
 export function plainAnswer(turn, which, text, error = "") {
-  const { plain } = turn.bodies[which];
-  plain.replaceChildren(visible(turn.asked ?? ""), "\n\n", make("span", {}, visible(text)),
-    error ? make("strong", { class: "remark", role: "alert" }, error) : "");
+  const { plain, failed } = turn.bodies[which];
+  plain.replaceChildren(visible(turn.asked ?? ""), "\n\n", make("span", {}, visible(text)));
   if (!error) return;
-  plain.hidden = false;
-  busy(turn, false);
+  failed.replaceChildren(error);
+  failed.hidden = false;
+  busy(turn, !isOver(turn));
+}
+
+// When it began, and how it goes.
+function describe(turn) {
+  const found = turn.ids.flatMap(tracesOf);
+  if (!found.length) return;
+  const answers = found.map((trace) => trace.done ? `${trace.tokens.length - trace.prompt} tokens, ${trace.done.finish_reason}` : "running");
+  say(turn.meta, `${new Date(found[0].created * 1000).toLocaleTimeString()} · ${answers.join(" · ")}`);
+}
+
+// How a request is steered, in words; "" where it is not.
+function steered({ steering }) {
+  const edits = (steering?.edits ?? []).map((one) => [one.op, one.value === undefined ? "" : number(one.value),
+    one.feature === undefined ? one.direction : `feature ${one.feature}`].filter(Boolean).join(" "));
+  return [...edits, ...(steering?.rules?.length ? [`${steering.rules.length} rules`] : [])].join(", ");
 }
 
 // What an earlier turn shows already is folded away. null: not known yet.
@@ -65,7 +87,7 @@ function begins(turn, trace) {
   const before = turns[turns.indexOf(turn) - 1];
   if (turn.watched || !before || before.watched || turn.unfolded) return 0;
   if (trace.asked !== null && trace.tokens.length < trace.asked && !trace.done) return null;
-  const earlier = tracesOf(before.ids[0])[0];
+  const earlier = tracesOf(before.ids[turn.ids.findIndex((id) => isOf(trace, id))] ?? before.ids[0])[0];
   return earlier ? Math.min(trace.shared(earlier), Math.max(trace.prompt - 1, 0)) : 0;
 }
 
@@ -81,10 +103,14 @@ function show(turn, which, trace) {
       shown.reset(0);
       paintTokens([trace]);
     });
-    body.append(fold);
+    body.tokens.append(fold);
   }
-  if (trace.choice) body.append(make("h3", {}, `choice ${trace.choice}`));
-  body.append(shown.root);
+  if (trace.choice && !turn.watched) body.tokens.append(make("h3", {}, `choice ${trace.choice}`));
+  if (body.named.hidden && (turn.ids.length > 1 || steered(trace))) {
+    body.named.replaceChildren(inline(steered(trace) || "without"));
+    body.named.hidden = false;
+  }
+  body.tokens.append(shown.root);
   views.set(trace.internalId, shown);
   return shown;
 }
@@ -99,11 +125,12 @@ export function paintTokens(traces = []) {
     const which = turn?.ids.findIndex((id) => isOf(trace, id));
     const shown = turn && trace.tokens.length ? views.get(trace.internalId) ?? show(turn, which, trace) : null;
     if (!shown) { waiting.delete(trace); continue; }   // it will change again before it can be shown
-    if (!turn.bodies[which].plain.querySelector("[role=alert]")) turn.bodies[which].plain.hidden = true;
+    turn.bodies[which].plain.hidden = true;
     const left = shown.left();
     if (shown.append(budget) === 0) waiting.delete(trace);
     budget = Math.max(0, budget - left);
-    busy(turn, turn.ids.flatMap(tracesOf).some((one) => !one.done || waiting.has(one)));
+    busy(turn, !isOver(turn));
+    describe(turn);
   }
   if (anew) recolour();
   return waiting.size > 0;
@@ -115,6 +142,5 @@ export function recolour() {
 }
 
 export function mark() {
-  const [layer, index] = focus.feature ?? [null, null];
-  for (const one of views.values()) one.mark(layer, index);
+  for (const one of views.values()) one.mark(focus.feature);
 }

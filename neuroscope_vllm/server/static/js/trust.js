@@ -10,13 +10,21 @@ function figures(layer) {
   return `layer ${layer}: L0 ${number(test.l0)}${expected}, ${percent(test.explained_variance)} of variance explained`;
 }
 
+// Who chats here should know what is kept.
+function recording({ rate, days, redact }) {
+  const share = rate < 1 ? `${percent(rate)} of requests are` : "Requests are";
+  const kept = days ? `kept for ${days} ${days === 1 ? "day" : "days"}` : "kept";
+  return `${share} recorded${redact === "text" ? " without their texts" : ""} and ${kept}`;
+}
+
 export function paintTrust() {
   say($("model"), about.model);
+  say($("recorded"), about.recording ? `● ${recording(about.recording)}` : "");
   say($("trust"), about.sites.length ? shown().map(figures).join(" · ") : "");
   $("trust").title = about.sites.map((site) => `${site.sae.source}, ranked by ${site.ranking}`).join("\n");
   const told = [...about.problems, ...about.warnings, ...about.tests.map((test) => test.warning).filter(Boolean)];
   const lines = [...new Set(told)];
-  if ($("notices").dataset.lines === JSON.stringify(lines)) return;
-  $("notices").dataset.lines = JSON.stringify(lines);
-  $("notices").replaceChildren(...lines.map((line) => make("p", { class: "remark" }, line)));
+  if ($("warnings").dataset.lines === JSON.stringify(lines)) return;
+  $("warnings").dataset.lines = JSON.stringify(lines);
+  $("warnings").replaceChildren(...lines.map((line) => make("p", { class: "remark" }, line)));
 }

@@ -5,6 +5,7 @@ import { $, inline, make, tell } from "./dom.js";
 import { followMine, load } from "./chat.js";
 import { menu } from "./share.js";
 import { set, view } from "./state.js";
+import { isProbe } from "./sent.js";
 import { isOf } from "./store.js";
 import { subscribe, unsubscribe } from "./streams.js";
 import { addTurn, removeTurn, turns } from "./transcript.js";
@@ -13,10 +14,13 @@ const EARLIER = 5;             // requests that are shown when all are watched
 const KINDS = ["all", "mine"];
 let now = "mine";              // what is followed
 
-// A place for a trace that no turn shows; null where it is not watched.
+export const isPlaced = (trace) => turns.some((turn) => turn.ids.some((id) => isOf(trace, id)));
+
+// A place for a trace that no turn shows, where all are watched.
 export function placeFor(trace) {
-  if (turns.some((turn) => turn.ids.some((id) => isOf(trace, id)))) return;
-  if (view.watch === "all") addTurn({ ids: [trace.internalId], titles: [trace.requestId], watched: true }, (turn) => [menu(turn)]);
+  if (view.watch !== "all" || isPlaced(trace) || isProbe(trace.requestId)) return;
+  const heading = trace.requestId + (trace.choice ? ` · choice ${trace.choice}` : "");
+  addTurn({ ids: [trace.internalId], heading, watched: true }, (turn) => [menu(turn)]);
 }
 
 export async function followWatched() {
@@ -29,14 +33,15 @@ export async function followWatched() {
   if (now === "mine") return;
   if (now !== "all") {
     $("watched").value = now;
-    addTurn({ ids: [now], watched: true }, (turn) => [menu(turn)]);
+    addTurn({ ids: [now], heading: now, asked: "Nothing was heard of it yet. Waiting…", watched: true }, (turn) => [menu(turn)]);
     subscribe(now);
     return;
   }
   subscribe(null);
   try {
     const { data } = await get("v1/requests");
-    for (const one of data.slice(0, EARLIER).reverse()) await load(one.internal_id);
+    const others = data.filter((one) => !isProbe(one.request_id));
+    for (const one of others.slice(0, EARLIER).reverse()) await load(one.internal_id);
   } catch (error) { tell(error.message); }
 }
 
