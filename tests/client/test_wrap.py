@@ -332,10 +332,11 @@ def test_an_id_that_was_used_before(
 
 
 def test_requests_of_one_id_at_the_same_time_are_not_taken_for_each_other(
-    client: Client, engine: FakeEngine, caplog: pytest.LogCaptureFixture
+    client: Client, side: Side, engine: FakeEngine, caplog: pytest.LogCaptureFixture
 ):
     for text in ANSWERS:
         engine.run("at-once", ids("hello"), ids(text))
+    side.wait_done("at-once", len(ANSWERS))  # heard of only later, they would not be at one time
     got = streamed(client, "at-once", content("first"))
     assert [one.features for one in got] == [None, None]
     assert "which is its own is not known" in caplog.text
