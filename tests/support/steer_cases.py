@@ -14,8 +14,8 @@ from torch import Tensor
 from neuroscope_vllm.core.sae.info import LAYER_NORM, RMS, SAEInfo
 from neuroscope_vllm.core.sae.sae import SAE
 from neuroscope_vllm.core.steering.arithmetic import Vector, direction_vector, feature_vector
-from neuroscope_vllm.engine.vllm.steer_op import NEVER
-from neuroscope_vllm.engine.vllm.steer_tables import FOREVER, SteerTables
+from neuroscope_vllm.engine.serving.steer_rows import NEVER
+from neuroscope_vllm.engine.serving.steer_tables import FOREVER, SteerTables
 
 LAYER, D_MODEL, WIDTH = 20, 48, 32  # no power of two: the kernel has columns to spare
 ENTRIES, SLOTS = 5, 5

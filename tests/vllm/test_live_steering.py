@@ -56,7 +56,7 @@ class Core:
         transfer = None if store is None else SimpleNamespace(kv_connector=store)
         config: Any = SimpleNamespace(kv_transfer_config=transfer)
         self.live = LiveSteering(config, self.answers.put, lambda name: name in self.requests)
-        self.live._catalogue = Catalogue({20: SITE}, operator or Operator())
+        self.live._commands._known = Catalogue({20: SITE}, operator or Operator())
 
     def ask(self, name: str, asked: SteeringSpec | None) -> None:
         self.live.command(wire.encode(wire.Steer(f"c-{name}", name, asked)))
@@ -202,11 +202,11 @@ def test_who_ended_is_answered_though_no_step_comes() -> None:
 
 def test_a_fault_is_answered_and_the_next_command_heard() -> None:
     core = Core(request("mine"))
-    core.live._catalogue = None  # and there is no vLLM to make one of
+    core.live._commands._known = None  # and there is no vLLM to make one of
     core.ask("mine", ABLATE)
     answer = core.answers.get(timeout=10)
     assert (answer.status, "AttributeError" in (answer.error or "")) == (500, True)
-    core.live._catalogue = Catalogue({20: SITE})
+    core.live._commands._known = Catalogue({20: SITE})
     core.ask("mine", ABLATE)
     assert "mine" in core.apply_until(bool)
 

@@ -12,26 +12,37 @@ import torch
 from neuroscope_vllm.core.ranking import make_ranker
 from neuroscope_vllm.core.sae import load_sae
 from neuroscope_vllm.core.sae.encoder import TopKEncoder
-from neuroscope_vllm.engine.vllm.pipeline import EncodePipeline, LayerEncoder
-from neuroscope_vllm.engine.vllm.step import StepView
+from neuroscope_vllm.engine.serving.pipeline import EncodePipeline, LayerEncoder
+from neuroscope_vllm.engine.serving.step import StepView
 from tests.support.saes import randomise, rows
+
+
+def new_pipeline(encoder: LayerEncoder, sent: list[Any]) -> EncodePipeline:
+    return EncodePipeline(
+        [encoder],
+        sent.append,
+        engine="e",
+        num_layers=1,
+        device=torch.device("cpu"),
+        max_pending_rows=64,
+    )
 
 
 def test_failures_are_counted_and_shown_and_pass(tiny_sae: Any) -> None:
     sae = load_sae(tiny_sae)
     topk = TopKEncoder(sae, make_ranker("activation", width=sae.width), k=4)
-    encoder = LayerEncoder(20, torch.randn(8, 64) * 10, topk, None)
+    residuals = [torch.randn(3, 64) * 10]
     sent: list[Any] = []
-    pipeline = EncodePipeline([encoder], sent.append, engine="e", num_layers=1, max_pending_rows=64)
+    pipeline = new_pipeline(LayerEncoder(20, topk, None), sent)
     rows = torch.arange(3)
     good = StepView(["a"], [0, 3], positions=rows, token_ids=rows, first_positions=[0])
     bad = StepView(
         ["a"], [0, 3], positions=rows[:1], token_ids=rows, first_positions=[0]
     )  # does not fit its rows
-    pipeline.submit(bad)
+    pipeline.submit(bad, residuals)
     assert pipeline.failing
     assert (pipeline.counters["rows_failed"], sent) == (3, [])
-    pipeline.submit(good)
+    pipeline.submit(good, residuals)
     assert not pipeline.failing
     assert pipeline.counters["rows_encoded"] == 3
     assert [(s.internal_id, s.start, s.stop) for s in sent[0].spans] == [("a", 0, 3)]
@@ -59,10 +70,10 @@ def test_what_leaves_the_worker_is_what_saelens_computes(
     buffer = rows(40, 32).to(dtype)
     buffer[7] *= 1000  # a sink
     sent: list[Any] = []
-    encoders = [LayerEncoder(20, buffer, topk, 500.0)]
-    pipeline = EncodePipeline(encoders, sent.append, engine="e", num_layers=1, max_pending_rows=64)
+    pipeline = new_pipeline(LayerEncoder(20, topk, 500.0), sent)
     at = torch.arange(40)
-    pipeline.submit(StepView(["a"], [0, 40], positions=at, token_ids=at, first_positions=[0]))
+    step = StepView(["a"], [0, 40], positions=at, token_ids=at, first_positions=[0])
+    pipeline.submit(step, [buffer])
     message = sent[0].layers[0]
     index = np.frombuffer(message.index, np.int32).reshape(40, 4)
     activation = np.frombuffer(message.activation, np.float32).reshape(40, 4)

@@ -13,12 +13,15 @@ from vllm.v1.engine import FinishReason
 from neuroscope_vllm.core import wire
 from neuroscope_vllm.core.config import Settings
 from neuroscope_vllm.core.sae.info import SAEInfo
-from neuroscope_vllm.engine.vllm import scheduler as tap_module
+from neuroscope_vllm.engine.serving import requests
+from neuroscope_vllm.engine.serving.sites import SiteSettings
 from neuroscope_vllm.engine.vllm.admission import admit
 from neuroscope_vllm.engine.vllm.scheduler import SchedulerTap
-from neuroscope_vllm.engine.vllm.settings import SiteSettings, WorkerSettings
+from neuroscope_vllm.engine.vllm.settings import WorkerSettings
 
-CONFIG = SimpleNamespace(instance_id="i", parallel_config=SimpleNamespace(data_parallel_index=0))
+CONFIG = SimpleNamespace(
+    instance_id="i", parallel_config=SimpleNamespace(data_parallel_index=0), kv_transfer_config=None
+)
 
 
 class Scheduler:
@@ -78,8 +81,8 @@ def end(scheduler: Scheduler, name: str) -> None:
 def resync(tap: SchedulerTap) -> list[str]:
     """Ids of what the tap would tell a hub that was away."""
     sent: list[wire.Message] = []
-    tap._sender.put = sent.append  # type: ignore[assignment, method-assign]
-    tap._resync()
+    tap.log.sender.put = sent.append  # type: ignore[assignment, method-assign]
+    tap.log.resync()
     (message,) = sent
     wire.encode(message)
     assert isinstance(message, wire.Resync)
@@ -93,7 +96,7 @@ def test_ended_requests_are_kept_for_a_while(
     end(scheduler, "old")
     tap.started(request("running"))
     assert resync(tap) == ["old", "running"]
-    monkeypatch.setattr(tap_module, "ENDED_KEPT_S", -1.0)
+    monkeypatch.setattr(requests, "ENDED_KEPT_S", -1.0)
     assert resync(tap) == ["running"]
 
 
@@ -105,7 +108,7 @@ def test_what_is_kept_is_bounded(
     bound: str,
     value: int,
 ) -> None:
-    monkeypatch.setattr(tap_module, bound, value)
+    monkeypatch.setattr(requests, bound, value)
     for name in "abcde":
         tap.started(request(name))
         end(scheduler, name)
@@ -115,7 +118,7 @@ def test_what_is_kept_is_bounded(
 def test_a_request_larger_than_all_that_is_kept_ends(
     scheduler: Scheduler, tap: SchedulerTap, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tap_module, "ENDED_KEPT_TOKENS", 2)
+    monkeypatch.setattr(requests, "ENDED_KEPT_TOKENS", 2)
     tap.started(request("large", tokens=9))
     end(scheduler, "large")
     assert resync(tap) == []
@@ -128,7 +131,7 @@ def test_what_can_not_be_told_harms_no_step(scheduler: Scheduler, tap: Scheduler
     assert scheduler.update_from_output(None, [strange])[0].outputs == [strange]
     assert scheduler.schedule([strange]).scheduled_new_reqs == [strange]
     assert scheduler.finish_requests("a-01234567", "no status") == "finished"
-    assert tap._sender.counters["messages_missed"] == 4
+    assert tap.log.sender.counters["messages_missed"] == 4
     assert resync(tap) == ["a"]
 
 

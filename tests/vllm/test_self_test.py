@@ -20,22 +20,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from neuroscope_vllm.cli.demo import demo_model, demo_sae
 from neuroscope_vllm.core import wire
 from neuroscope_vllm.core.calibration import Calibration
-from neuroscope_vllm.core.ranking import make_ranker
 from neuroscope_vllm.core.sae import SAE, SAEInfo, load_sae
-from neuroscope_vllm.core.sae.encoder import TopKEncoder
 from neuroscope_vllm.core.sae.sparse import firings_of
-from neuroscope_vllm.engine.vllm.pipeline import LayerEncoder
-from neuroscope_vllm.engine.vllm.self_test import (
+from neuroscope_vllm.engine.serving.self_test import (
     MAX_TOKENS,
-    REQUEST_ID,
     TEXT,
     UNWRITTEN,
     Probe,
-    SelfTest,
     expected_l0,
     verdict,
 )
-from neuroscope_vllm.engine.vllm.step import StepView
+from neuroscope_vllm.engine.serving.step import StepView
+from neuroscope_vllm.engine.vllm.self_test import REQUEST_ID, SelfTest
 from tests.support.served import SMALL, Served, start_neuroscope
 
 DEAD_HOOK = Path(__file__).parents[1] / "support" / "dead_hook"
@@ -175,13 +171,12 @@ def _generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
 
 
-def probe(sae: SAE, rows: Tensor, *, l0: float | None = 8.0, sink: float | None = None) -> Probe:
-    topk = TopKEncoder(sae, make_ranker("activation", width=sae.width), k=4)
-    return Probe(LayerEncoder(20, rows, topk, sink), sae, l0)
+def probe(sae: SAE, *, l0: float | None = 8.0, sink: float | None = None) -> Probe:
+    return Probe(20, sae, sink, l0)
 
 
 def test_rows_that_fit_pass(sae: SAE, rows: Tensor) -> None:
-    result = verdict(rows, probe(sae, rows), known_text=True)
+    result = verdict(rows, probe(sae), known_text=True)
     assert (result.failure, result.warning, result.tokens) == (None, None, 63)
     assert result.l0 == pytest.approx(8, abs=1)
     assert result.explained_variance is not None
@@ -221,7 +216,7 @@ def broken(rows: Tensor, how: str) -> Tensor:
 def test_rows_that_can_not_be_true_fail(
     sae: SAE, rows: Tensor, how: str, says: str, known_text: bool, dtype: torch.dtype
 ) -> None:
-    result = verdict(broken(rows, how).to(dtype), probe(sae, rows), known_text)
+    result = verdict(broken(rows, how).to(dtype), probe(sae), known_text)
     assert result.failure is not None
     assert says in result.failure
     assert "layer 20" in result.failure
@@ -233,7 +228,7 @@ def test_rows_that_can_not_be_true_fail(
 def test_rows_of_another_scale_or_space_warn(
     sae: SAE, rows: Tensor, factor: float, says: str
 ) -> None:
-    result = verdict(rows * factor, probe(sae, rows), known_text=True)
+    result = verdict(rows * factor, probe(sae), known_text=True)
     assert result.failure is None
     assert result.warning is not None
     assert says in result.warning
@@ -243,7 +238,7 @@ def test_rows_of_another_scale_or_space_warn(
 def test_l0_far_from_the_recorded_one_warns(
     sae: SAE, rows: Tensor, expected: float, warned: bool
 ) -> None:
-    result = verdict(rows, probe(sae, rows, l0=expected), known_text=True)
+    result = verdict(rows, probe(sae, l0=expected), known_text=True)
     assert (result.warning is not None) == warned
 
 
@@ -251,24 +246,24 @@ def test_sinks_and_the_first_position_are_left_out(sae: SAE, rows: Tensor) -> No
     loud = rows.clone()
     loud[0] *= 1000
     loud[10] *= 1000
-    plain = verdict(torch.cat([rows[:10], rows[11:]]), probe(sae, rows), known_text=True)
-    cut = verdict(loud, probe(sae, rows, sink=100.0), known_text=True)
+    plain = verdict(torch.cat([rows[:10], rows[11:]]), probe(sae), known_text=True)
+    cut = verdict(loud, probe(sae, sink=100.0), known_text=True)
     assert (cut.tokens, cut.l0, cut.explained_variance) == (62, plain.l0, plain.explained_variance)
 
 
 def test_rms_input_is_normalised_as_the_encoder_does(sae: SAE, rows: Tensor) -> None:
     scaled = rows / rows.norm(dim=1, keepdim=True) * 32**0.5
-    want = verdict(scaled, probe(sae, rows), known_text=True)
-    got = verdict(scaled * 50, probe(sae.reading_rms(), rows), known_text=True)
+    want = verdict(scaled, probe(sae), known_text=True)
+    got = verdict(scaled * 50, probe(sae.reading_rms()), known_text=True)
     assert (got.l0, got.explained_variance) == (want.l0, want.explained_variance)
     # Of rows of unequal size, what is explained is weighed by size.
-    assert verdict(rows * 50, probe(sae.reading_rms(), rows), known_text=True).l0 == want.l0
+    assert verdict(rows * 50, probe(sae.reading_rms()), known_text=True).l0 == want.l0
 
 
 def test_without_a_known_text_or_enough_of_it_there_are_no_figures(sae: SAE, rows: Tensor) -> None:
     nonsense = -rows
-    assert verdict(nonsense, probe(sae, rows), known_text=False) == wire.SelfTest(layer=20)
-    assert verdict(nonsense[:16], probe(sae, rows), known_text=True) == wire.SelfTest(layer=20)
+    assert verdict(nonsense, probe(sae), known_text=False) == wire.SelfTest(layer=20)
+    assert verdict(nonsense[:16], probe(sae), known_text=True) == wire.SelfTest(layer=20)
 
 
 def test_expected_l0_comes_from_the_calibration_or_the_publishers_path(sae: SAE) -> None:
@@ -300,7 +295,7 @@ def test_steps_before_it_and_its_own_go_nowhere_and_chunks_are_joined(
 ) -> None:
     buffer = torch.zeros(40, 32)
     taken: list[StepView] = []
-    test = SelfTest([probe(sae, buffer)], taken.append)
+    test = SelfTest([probe(sae)], [buffer], taken.append)
     test.on_step(step("_v2_mixed_warmup_decode_", 0, 4))
     assert (taken, test.passed, len(test.warnings)) == ([], False, 1)
     test.begin()
@@ -311,7 +306,7 @@ def test_steps_before_it_and_its_own_go_nowhere_and_chunks_are_joined(
     with caplog.at_level(logging.WARNING):
         assert test.end(64, True) == []
     assert (test.passed, test.warnings, caplog.text) == (True, [], "")
-    assert test.results == [verdict(rows, probe(sae, rows), known_text=True)]
+    assert test.results == [verdict(rows, probe(sae), known_text=True)]
     test.on_step(step("chat", 0, 3))
     assert [s.request_ids for s in taken] == [["chat"]]
 
@@ -319,7 +314,7 @@ def test_steps_before_it_and_its_own_go_nowhere_and_chunks_are_joined(
 @pytest.mark.parametrize("seen", [0, 40])
 def test_rows_that_never_came_fail(sae: SAE, rows: Tensor, seen: int) -> None:
     buffer = torch.zeros(40, 32)
-    test = SelfTest([probe(sae, buffer)], lambda step: None)
+    test = SelfTest([probe(sae)], [buffer], lambda step: None)
     test.begin()
     if seen:
         buffer[:] = rows[:seen]

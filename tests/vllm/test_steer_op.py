@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from neuroscope_vllm.core.sae.info import RMS
-from neuroscope_vllm.engine.vllm import steer_op
+from neuroscope_vllm.engine.serving import steer_rows
+from neuroscope_vllm.engine.vllm import steer_op  # noqa: F401  # defines the op
 from tests.support.served import TRITON_CPU
 from tests.support.steer_cases import (
     BITS,
@@ -54,7 +55,7 @@ def test_it_is_what_the_formulas_say(name: str) -> None:
 def test_however_many_rows_at_once_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case(1, None, torch.float32)
     at_once = run(case, STEER)
-    monkeypatch.setattr(steer_op, "_ROWS_AT_ONCE", 3)
+    monkeypatch.setattr(steer_rows, "_ROWS_AT_ONCE", 3)
     for one, other in zip(at_once, run(case, STEER), strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
 

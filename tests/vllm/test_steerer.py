@@ -15,11 +15,13 @@ from neuroscope_vllm.core.sae.sae import SAE
 from neuroscope_vllm.core.steering.catalogue import Catalogue, Site
 from neuroscope_vllm.core.steering.settle import settle
 from neuroscope_vllm.core.steering.spec import SteeringSpec
+from neuroscope_vllm.engine.serving.steer_report import SpanSteering, steered_rows
+from neuroscope_vllm.engine.serving.steer_rows import steer
+from neuroscope_vllm.engine.serving.steer_tables import SteerTables
+from neuroscope_vllm.engine.serving.steerer import Steerer
+from neuroscope_vllm.engine.serving.step import StepView
 from neuroscope_vllm.engine.vllm.ids import STEERING
-from neuroscope_vllm.engine.vllm.steer_report import SpanSteering, steered_rows
-from neuroscope_vllm.engine.vllm.steer_tables import SteerTables
-from neuroscope_vllm.engine.vllm.steering import Steerer
-from neuroscope_vllm.engine.vllm.step import StepView
+from neuroscope_vllm.engine.vllm.steering import take_up
 
 LAYER, D_MODEL, PROMPT = 5, 4, [1, 2, 3]
 # Feature i reads and writes the i-th number of a row.
@@ -50,14 +52,14 @@ class Worker:
     def step(self, rows: dict[str, tuple[int, list[float]]], *begin: Any) -> torch.Tensor:
         """Rows after the layer, of requests by name: position and row."""
         output = SimpleNamespace(finished_req_ids=(), scheduled_new_reqs=begin)
-        self.steerer.starting(output)
+        take_up(self.steerer, output)
         count = len(rows)
         hidden = torch.tensor([row for _, row in rows.values()])
         positions = [position for position, _ in rows.values()]
         nothing = torch.zeros(count, dtype=torch.int32)
         view = StepView(list(rows), list(range(count + 1)), nothing, nothing, positions)
         self.steerer.prepared(view)
-        self.tables.steer(LAYER, hidden, torch.zeros_like(hidden))
+        steer(hidden, None, *self.tables.of_layer(LAYER))
         self.parts = self.steerer.found(view, lambda layer: hidden)
         self.steerer.ran()
         return hidden

@@ -75,7 +75,7 @@ class TopKEncoder:
             sae: On the device to encode on.
             ranker: Of the same width, on the same device.
             k: Features to report a row.
-            select_dtype: float32 or bfloat16.
+            select_dtype: float32 or bfloat16; a CPU that has no bfloat16 selects in float32.
             candidates: Features to recompute in fp32 a row; k, or the SAE's own k where that is
                 larger, and some to spare by default.
             max_chunk_bytes: Rows are taken in chunks whose temporaries stay under this.
@@ -95,6 +95,8 @@ class TopKEncoder:
             )
         if select_dtype not in (torch.float32, torch.bfloat16):
             raise ConfigError(f"select dtype {select_dtype} is not float32 or bfloat16; use one.")
+        if sae.W_enc.device.type == "cpu" and not _cpu_has_bfloat16():
+            select_dtype = torch.float32  # emulated, bfloat16 takes up to five times as long
         if ranker.mask.numel() != width:
             raise ConfigError(
                 f"the ranker has {ranker.mask.numel()} features but the SAE has {width}; "
@@ -244,6 +246,10 @@ class _SelectionGemm:
             parts = [_packed_linear(augmented, block) for block in self._packed]
             return torch.cat(parts, dim=1, out=self._output[:n])
         return torch.mm(augmented, self._weight.t(), out=self._output[:n])
+
+
+def _cpu_has_bfloat16() -> bool:
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def _can_pack(device: torch.device) -> bool:

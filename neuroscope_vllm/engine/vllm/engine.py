@@ -29,6 +29,7 @@ from neuroscope_vllm.core.errors import ConfigError, EngineError, NeuroscopeErro
 from neuroscope_vllm.core.passes import Pass
 from neuroscope_vllm.core.sae.observed import named, observed
 from neuroscope_vllm.engine.protocol import Chunk
+from neuroscope_vllm.engine.serving.sites import check_sites
 from neuroscope_vllm.engine.vllm import front
 from neuroscope_vllm.engine.vllm.passes import BEGIN_RPC, END_RPC
 from neuroscope_vllm.engine.vllm.self_test import SelfTestFailed
@@ -66,7 +67,11 @@ class VLLMEngine:
             config = arguments.create_model_config()
             settings = named(settings, config.model)
             self.sites = observed(settings)
-            front.check_sites(self.sites, config)
+            check_sites(
+                self.sites,
+                d_model=config.get_hidden_size(),
+                num_layers=config.get_total_num_hidden_layers(),
+            )
             _cut_off(arguments, config, max(self.sites) + 1)
             wanted = Settings(sae=settings.sae, layer=settings.layer, sae_input=settings.sae_input)
             given = settings_dict(wanted)

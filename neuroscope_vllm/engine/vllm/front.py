@@ -15,20 +15,18 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
-from vllm.config import ModelConfig, VllmConfig
+from vllm.config import VllmConfig
 
 from neuroscope_vllm.core import launch
-from neuroscope_vllm.core.artefacts import pinned
 from neuroscope_vllm.core.config import RUNTIME_VARIABLE, Settings, asked_for, resolve
 from neuroscope_vllm.core.errors import ConfigError, NeuroscopeError
 from neuroscope_vllm.core.keys import check_reachable, hub_endpoint
-from neuroscope_vllm.core.sae import check_fits, load_sae
-from neuroscope_vllm.core.sae.info import SAEInfo
-from neuroscope_vllm.core.sae.observed import calibration_of, check_calibration, named, observed
-from neuroscope_vllm.core.steering.catalogue import Operator, Site
+from neuroscope_vllm.core.sae.observed import named
+from neuroscope_vllm.core.steering.catalogue import Operator
+from neuroscope_vllm.engine.serving.sites import SiteSettings, find_sites, layers_of
 from neuroscope_vllm.engine.vllm import admission, plugin, steer_catalogue
 from neuroscope_vllm.engine.vllm.refusals import check_served, warnings
-from neuroscope_vllm.engine.vllm.settings import KEY, SiteSettings, WorkerSettings, given_flags
+from neuroscope_vllm.engine.vllm.settings import KEY, WorkerSettings, given_flags
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +85,14 @@ def create_engine_config(original: Any, engine_args: Any, *args: Any, **kwargs: 
         vllm_config = original(engine_args, *args, **kwargs)
         check_served(vllm_config)
         settings = named(settings, vllm_config.model_config.model)
-        sites, steered = _sites(settings, vllm_config.model_config)
+        model = vllm_config.model_config
+        sites, steered = find_sites(
+            settings,
+            model.model,
+            d_model=model.get_hidden_size(),
+            num_layers=model.get_total_num_hidden_layers(),
+            calibrated=streams,
+        )
         operator = Operator.load(settings.steering)
         if streams:
             admission.steer_with(steer_catalogue.build(steered, operator, vllm_config))
@@ -138,49 +143,6 @@ def _store(resolved: WorkerSettings, vllm_config: Any) -> None:
     plugin.wrap_engine()
 
 
-def check_sites(sites: dict[int, SAEInfo], model: ModelConfig) -> None:
-    """Raises SAEError if an SAE can not read its layer of the model."""
-    for layer, info in sites.items():
-        check_fits(
-            info,
-            d_model=model.get_hidden_size(),
-            num_layers=model.get_total_num_hidden_layers(),
-            layer=layer,
-        )
-
-
-def _sites(settings: Settings, model: ModelConfig) -> tuple[list[SiteSettings], dict[int, Site]]:
-    """The layers to observe, and what there is to steer them with."""
-    found = observed(settings)
-    check_sites(found, model)
-    sites, steered = [], {}
-    for i, (layer, info) in enumerate(found.items()):
-        source = settings.sae[i]
-        calibrated = None
-        if not _passes_only.get():  # what makes calibrations needs none
-            calibrated = calibration_of(settings, i, info)
-            _check_ranking(settings, info, calibrated is not None)
-        sae = load_sae(source)  # finds NaN and truncation now rather than in a worker
-        if calibrated is not None:
-            check_calibration(*calibrated, sae, model.model)
-        steered[layer] = Site.of(sae, calibrated[1] if calibrated else None, settings.sae_input)
-        calibration = str(calibrated[0]) if calibrated else None
-        sites.append(SiteSettings(layer, pinned(source, info.revision), info, calibration))
-    return sorted(sites, key=lambda site: site.layer), steered
-
-
-def _check_ranking(settings: Settings, info: SAEInfo, calibrated: bool) -> None:
-    if settings.top_k > info.width:
-        raise ConfigError(
-            f"top_k is {settings.top_k} but SAE {info.source} has only {info.width} features."
-        )
-    if not calibrated and settings.ranking not in (None, "activation"):
-        raise ConfigError(
-            f"ranking {settings.ranking} needs a calibration and SAE {info.source} has none; make"
-            " one with `neuroscope calibrate`, or use ranking activation."
-        )
-
-
 def _endpoint(
     hub: str | None,
     settings: Settings,
@@ -212,7 +174,7 @@ def _endpoint(
         listener=listener,
         tokenizer_file=_tokenizer_file(vllm_config, directory),
         upstream=settings.upstream or _own_url(),
-        labels=launch.label_files(settings, _layers(settings, sites)),
+        labels=launch.label_files(settings, layers_of(settings, sites)),
         model_source=_model_source(vllm_config),
     )
     atexit.register(side.stop)
@@ -234,12 +196,6 @@ def _spans_hosts(vllm_config: VllmConfig) -> bool:
     balanced = parallel.data_parallel_external_lb or parallel.data_parallel_hybrid_lb
     remote_ranks = parallel.data_parallel_size_local < parallel.data_parallel_size
     return parallel.nnodes > 1 or (remote_ranks and not balanced)
-
-
-def _layers(settings: Settings, sites: list[SiteSettings]) -> list[int]:
-    """Layers in the order of `settings.sae`."""
-    layers = {site.info.source: site.layer for site in sites}
-    return [layers[source] for source in settings.sae]
 
 
 def _tokenizer_file(vllm_config: VllmConfig, directory: Path) -> Path | None:

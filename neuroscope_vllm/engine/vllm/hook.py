@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from neuroscope_vllm.engine.serving.steer_tables import SteerTables
+from neuroscope_vllm.engine.vllm import steer_op  # noqa: F401  # defines the op
 from neuroscope_vllm.engine.vllm.replace_op import Replacements
 from neuroscope_vllm.engine.vllm.settings import worker_settings
-from neuroscope_vllm.engine.vllm.steer_tables import SteerTables
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -80,8 +81,8 @@ class ActivationHook(nn.Module):
         return cls(layers, num_rows, d_model, model.dtype, steering, replacements)
 
     def forward(self, layer: int, hidden: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        if self.steering is not None:
-            self.steering.steer(layer, hidden, residual)
+        if self.steering is not None and layer in self.layers:
+            torch.ops.neuroscope.steer(hidden, residual, *self.steering.of_layer(layer))
         if self.replacements is not None:
             self.replacements.replace(layer, hidden, residual)
         buffer = self._buffers.get(_name(layer))

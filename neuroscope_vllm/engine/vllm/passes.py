@@ -13,7 +13,7 @@ from torch import Tensor
 
 from neuroscope_vllm.core.passes import Gatherer, Pass, Rows
 from neuroscope_vllm.core.sae.sae import SAE
-from neuroscope_vllm.engine.vllm.step import StepView
+from neuroscope_vllm.engine.serving.step import StepView
 
 BEGIN_RPC, END_RPC = "neuroscope_begin_pass", "neuroscope_end_pass"
 

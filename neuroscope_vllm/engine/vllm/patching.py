@@ -17,8 +17,8 @@ from neuroscope_vllm.core.patching.swap import Replacement
 from neuroscope_vllm.engine.vllm.ids import PATCHING
 
 if TYPE_CHECKING:
+    from neuroscope_vllm.engine.serving.step import StepView
     from neuroscope_vllm.engine.vllm.hook import ActivationHook
-    from neuroscope_vllm.engine.vllm.step import StepView
 
 TAKE_RPC = "neuroscope_take_residuals"
 

@@ -10,20 +10,15 @@ import atexit
 import functools
 import hashlib
 import logging
-import os
-import threading
-import time
-from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
-import msgspec
 import numpy as np
 from vllm.config import VllmConfig
 from vllm.v1.request import RequestStatus
 
 from neuroscope_vllm.core import wire
-from neuroscope_vllm.core.sender import Sender
+from neuroscope_vllm.engine.serving.requests import RequestLog, prompt_tokens
 from neuroscope_vllm.engine.vllm import live_steering, rule_stops
 from neuroscope_vllm.engine.vllm.ids import identify
 from neuroscope_vllm.engine.vllm.live_steering import LiveSteering
@@ -36,12 +31,6 @@ from neuroscope_vllm.engine.vllm.settings import (
 )
 
 R = TypeVar("R")
-
-ENDED_KEPT_S = 30.0
-ENDED_KEPT = 1024
-ENDED_KEPT_TOKENS = 1_000_000
-"""How long, and how many requests and tokens that ended are kept for a hub that was away then."""
-
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +45,7 @@ def _guarded(report: Callable[..., R]) -> Callable[..., R | None]:
             return report(tap, *args)
         except Exception:
             logger.exception("neuroscope: the engine's requests could not be told")
-            tap._sender.miss()
+            tap.log.sender.miss()
             return None
 
     return guarded
@@ -68,26 +57,21 @@ class SchedulerTap:
     def __init__(self, scheduler: Any, vllm_config: VllmConfig, settings: WorkerSettings) -> None:
         self._layers = settings.layers
         self._engine, self._dp_rank = engine_name(vllm_config), engine_rank(vllm_config)
-        self._live: dict[str, wire.Live] = {}
-        self._ended: deque[tuple[float, wire.Live]] = deque()
-        self._ended_tokens = 0
-        # Requests start on vLLM's input thread, tokens come on its loop, a resync on the sender's.
-        self._lock = threading.Lock()
         assert settings.endpoint is not None
-        sender = f"scheduler-{self._engine}-{os.getpid()}"
-        self._sender = Sender(
+        self.log = RequestLog(
             settings.endpoint,
-            lambda counters: wire.Hello(
-                sender, "scheduler", self._engine, self._dp_rank, settings.model, counters=counters
-            ),
-            self._resync,
+            engine=self._engine,
+            dp_rank=self._dp_rank,
+            model=settings.model,
             command=lambda data: self._live_steering.command(data),
         )
         self._live_steering = LiveSteering(
-            vllm_config, self._steering_changed, lambda internal_id: internal_id in self._live
+            vllm_config,
+            self.log.steering_changed,
+            lambda internal_id: internal_id in self.log.live,
         )
-        self._sender.start()
-        atexit.register(self._sender.close)
+        self.log.sender.start()
+        atexit.register(self.log.sender.close)
         self._wrap(scheduler)
 
     @_guarded
@@ -120,9 +104,7 @@ class SchedulerTap:
             edit_salt=salt[1] if salt else b"",
             steering=steering.describe() if steering else None,
         )
-        with self._lock:
-            self._live[started.internal_id] = wire.Live(started, [])
-            self._sender.put(started)
+        self.log.started(started)
 
     def _wrap(self, scheduler: Any) -> None:
         schedule = scheduler.schedule
@@ -145,7 +127,7 @@ class SchedulerTap:
 
         def finish_and_report(request_ids: Any, finished_status: Any, *args: Any) -> Any:
             if request_ids is None:
-                ended = list(self._live)
+                ended = list(self.log.live)
             else:
                 ended = [request_ids] if isinstance(request_ids, str) else list(request_ids)
                 request_ids = ended
@@ -162,31 +144,12 @@ class SchedulerTap:
     def _changes(self, scheduler: Any) -> dict[str, Any]:
         return self._live_steering.apply(scheduler)
 
-    def _steering_changed(self, changed: wire.SteeringChanged) -> None:
-        with self._lock:
-            live = self._live.get(changed.internal_id)
-            if live is not None and changed.error is None and changed.position is not None:
-                edited = live.started.edited_from
-                live.started = msgspec.structs.replace(
-                    live.started,
-                    steering=changed.steering,
-                    edited_from=min(
-                        changed.position, changed.position if edited is None else edited
-                    ),
-                    edit_salt=changed.salt,
-                )
-            self._sender.put(changed)
-
     @_guarded
     def _scheduled(self, scheduled: Iterable[Any]) -> None:
         """Their first forward pass comes. The V2 runner gets a resumed request as a new one: what
         that one finds in the cache says nothing about what ran the first time."""
         for new in scheduled:
-            with self._lock:
-                live = self._live.get(new.req_id)
-                if live is not None and live.cached_tokens is None:
-                    live.cached_tokens = new.num_computed_tokens
-                    self._sender.put(wire.RequestScheduled(new.req_id, new.num_computed_tokens))
+            self.log.scheduled(new.req_id, new.num_computed_tokens)
 
     @_guarded
     def _ending(self, internal_ids: list[str], status: Any, scheduler: Any) -> list[wire.Sampled]:
@@ -200,19 +163,19 @@ class SchedulerTap:
                 computed_tokens=self._computed(scheduler, internal_id),
             )
             for internal_id in internal_ids
-            if internal_id in self._live
+            if internal_id in self.log.live
         ]
 
     def _computed(self, scheduler: Any, internal_id: str) -> int:
         """Positions that have run or are running; a preempted request has forgotten its own."""
-        live, request = self._live[internal_id], scheduler.requests.get(internal_id)
+        live, request = self.log.live[internal_id], scheduler.requests.get(internal_id)
         generated = len(live.token_ids)
-        ran = _prompt_tokens(live) + generated - 1 if generated else 0
+        ran = prompt_tokens(live) + generated - 1 if generated else 0
         return max(ran, request.num_computed_tokens if request is not None else 0)
 
     @_guarded
     def _accepted(self, outputs: Iterable[Any]) -> None:
-        live = self._live
+        live = self.log.live
         self._report(
             [
                 wire.Sampled(
@@ -230,51 +193,8 @@ class SchedulerTap:
     def _report(self, sampled: list[wire.Sampled]) -> None:
         if not sampled:
             return
-        with self._lock:
-            for one in sampled:
-                live = self._live[one.internal_id]
-                one.at = len(live.token_ids)
-                live.token_ids.extend(one.token_ids)
-                if one.finish_reason:
-                    del self._live[one.internal_id]
-                    live.finish_reason, live.stop_reason = one.finish_reason, one.stop_reason
-                    live.computed_tokens = one.computed_tokens
-                    self._keep_ended(live)
-            self._sender.put(wire.TokensSampled(sampled))
+        self.log.sampled(sampled)
         self._live_steering.ended([one.internal_id for one in sampled if one.finish_reason])
-
-    def _keep_ended(self, live: wire.Live) -> None:
-        now = time.monotonic()
-        self._ended.append((now, live))
-        self._ended_tokens += _tokens(live)
-        self._forget_ended(now)
-
-    def _forget_ended(self, now: float) -> None:
-        while self._ended and (
-            now - self._ended[0][0] > ENDED_KEPT_S
-            or self._ended_tokens > ENDED_KEPT_TOKENS
-            or len(self._ended) > ENDED_KEPT
-        ):
-            self._ended_tokens -= _tokens(self._ended.popleft()[1])
-
-    def _resync(self) -> None:
-        """Everything that runs or lately ended, in order with what was put before and after."""
-        with self._lock:
-            self._forget_ended(time.monotonic())
-            ended = [one for _, one in self._ended]
-            live = [
-                msgspec.structs.replace(one, token_ids=list(one.token_ids))
-                for one in self._live.values()
-            ]
-            self._sender.put(wire.Resync(self._engine, [*ended, *live]))
-
-
-def _tokens(live: wire.Live) -> int:
-    return _prompt_tokens(live) + len(live.token_ids)
-
-
-def _prompt_tokens(live: wire.Live) -> int:
-    return len(live.started.prompt_token_ids) // 4
 
 
 def _prefix_root(request: Any) -> bytes:

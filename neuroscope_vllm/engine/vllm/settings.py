@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from neuroscope_vllm.core.config import Settings
-from neuroscope_vllm.core.sae.info import RMS, SAEInfo
 from neuroscope_vllm.core.steering.catalogue import Operator
+from neuroscope_vllm.engine.serving.sites import SiteSettings
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -19,15 +19,6 @@ if TYPE_CHECKING:
 KEY = "neuroscope"
 GRAPH_VERSION = 2
 """Raise when what the hook adds to the compiled graph changes."""
-
-
-class SiteSettings(msgspec.Struct, frozen=True):
-    """One layer to observe."""
-
-    layer: int
-    source: str
-    info: SAEInfo
-    calibration: str | None
 
 
 class WorkerSettings(msgspec.Struct, frozen=True):
@@ -54,10 +45,8 @@ class WorkerSettings(msgspec.Struct, frozen=True):
 
     def input_norm(self, layer: int) -> str | None:
         """How rows are normalised before the layer's SAE encodes them, as in `SAEInfo`."""
-        (info,) = (site.info for site in self.sites if site.layer == layer)
-        if info.input_norm is None and self.settings.sae_input == "rms":
-            return RMS
-        return info.input_norm
+        (site,) = (site for site in self.sites if site.layer == layer)
+        return site.input_norm(self.settings)
 
     def graph_salt(self) -> str:
         """What the compiled graph depends on; a cache made with another salt is not ours."""

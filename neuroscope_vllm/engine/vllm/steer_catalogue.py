@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from vllm.config import VllmConfig
 
-from neuroscope_vllm.core.calibration import Calibration
-from neuroscope_vllm.core.errors import ConfigError
 from neuroscope_vllm.core.sae import load_sae
 from neuroscope_vllm.core.steering.catalogue import Catalogue, Operator, Site
-from neuroscope_vllm.core.steering.settle import SteeringRefused, settle
-from neuroscope_vllm.core.steering.spec import SteeringSpec
+from neuroscope_vllm.engine.serving.sites import steering_catalogue
 from neuroscope_vllm.engine.vllm.settings import worker_settings
 
 _BY_BLOCK_HASH = ("OffloadingConnector", "SimpleCPUOffloadConnector")
@@ -18,7 +15,7 @@ _BY_BLOCK_HASH = ("OffloadingConnector", "SimpleCPUOffloadConnector")
 
 def build(sites: dict[int, Site], operator: Operator, vllm_config: VllmConfig) -> Catalogue:
     """Raises ConfigError if the operator's file can not be used with this model."""
-    catalogue = Catalogue.build(
+    return steering_catalogue(
         sites,
         operator,
         d_model=vllm_config.model_config.get_hidden_size(),
@@ -26,13 +23,6 @@ def build(sites: dict[int, Site], operator: Operator, vllm_config: VllmConfig) -
         drafts=vllm_config.speculative_config is not None,
         kv_store=None if (name := connector(vllm_config)) in _BY_BLOCK_HASH else name,
     )
-    try:
-        settle(SteeringSpec(), catalogue)
-        for name in operator.presets:
-            settle(SteeringSpec(preset=name), catalogue)
-    except SteeringRefused as refusal:
-        raise ConfigError(f"the operator's steering file: {refusal}") from None
-    return catalogue
 
 
 def connector(vllm_config: VllmConfig) -> str | None:
@@ -48,7 +38,7 @@ def build_again(vllm_config: VllmConfig) -> Catalogue:
     sites = {
         site.layer: Site.of(
             load_sae(site.source),
-            Calibration.load(site.calibration) if site.calibration else None,
+            site.load_calibration(),
             settings.settings.sae_input,
         )
         for site in settings.sites

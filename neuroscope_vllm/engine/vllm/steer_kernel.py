@@ -1,4 +1,4 @@
-"""`neuroscope::steer` on CUDA: `steer_op` says what it does, and these kernels do it.
+"""`neuroscope::steer` on CUDA: `steer_rows` says what it does, and these kernels do it.
 
 One program a row, whatever the tables hold: no allocation, no look from the host, so a captured
 graph replays with whatever the tables hold then.
@@ -14,16 +14,16 @@ from vllm.triton_utils import tl, triton
 
 from neuroscope_vllm.core.sae.info import LAYER_NORM, RMS
 from neuroscope_vllm.core.sae.sae import LAYER_NORM_EPS
-from neuroscope_vllm.engine.vllm import steer_op
+from neuroscope_vllm.engine.serving import steer_rows
 
 _ROW, _SLOT, _NUMBER = tl.constexpr(2), tl.constexpr(5), tl.constexpr(7)  # columns
-_POSITION = tl.constexpr(steer_op.POSITION)
-_FIRST, _END = tl.constexpr(steer_op.FIRST), tl.constexpr(steer_op.END)
-_GATE, _MEETS = tl.constexpr(steer_op.GATE), tl.constexpr(steer_op.MEETS)
-_CONSTANT = tl.constexpr(steer_op.CONSTANT)
-_BIAS, _THRESHOLD = tl.constexpr(steer_op.BIAS), tl.constexpr(steer_op.THRESHOLD)
-_NORMED, _ABOVE = tl.constexpr(steer_op.NORMED), tl.constexpr(steer_op.ABOVE)
-_SINK_NORM = tl.constexpr(steer_op.SINK_NORM)
+_POSITION = tl.constexpr(steer_rows.POSITION)
+_FIRST, _END = tl.constexpr(steer_rows.FIRST), tl.constexpr(steer_rows.END)
+_GATE, _MEETS = tl.constexpr(steer_rows.GATE), tl.constexpr(steer_rows.MEETS)
+_CONSTANT = tl.constexpr(steer_rows.CONSTANT)
+_BIAS, _THRESHOLD = tl.constexpr(steer_rows.BIAS), tl.constexpr(steer_rows.THRESHOLD)
+_NORMED, _ABOVE = tl.constexpr(steer_rows.NORMED), tl.constexpr(steer_rows.ABOVE)
+_SINK_NORM = tl.constexpr(steer_rows.SINK_NORM)
 _EPS = tl.constexpr(LAYER_NORM_EPS)
 
 
@@ -40,7 +40,7 @@ def steer(
     activation: Tensor,
     input_norm: str | None,
 ) -> None:
-    """As `steer_op.steer`; the rows of `hidden` and `residual` are contiguous each."""
+    """As `steer_rows.steer`; the rows of `hidden` and `residual` are contiguous each."""
     grid = (hidden.shape[0],)
     d_model, num_slots, num_rules = hidden.shape[1], slots.shape[1], met.shape[1]
     columns, block = triton.next_power_of_2(d_model), triton.next_power_of_2(num_slots)

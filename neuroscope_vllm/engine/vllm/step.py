@@ -9,30 +9,12 @@ comes before it.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 from torch import Tensor
 
-
-@dataclass(frozen=True, slots=True)
-class StepView:
-    """The rows of one forward pass.
-
-    `positions` and `token_ids` are vLLM's own device buffers cut to the step's rows; they are
-    valid until the next step is prepared.
-    """
-
-    request_ids: list[str]  # internal ids, in row order
-    row_starts: list[int]  # len(request_ids) + 1; rows of request i: [row_starts[i], [i + 1])
-    positions: Tensor  # int[num_rows], absolute in the request's context
-    token_ids: Tensor  # int[num_rows]
-    first_positions: list[int]  # of each request's first row, as the host knows it
-
-    @property
-    def num_rows(self) -> int:
-        return self.row_starts[-1]
+from neuroscope_vllm.engine.serving.step import StepView
 
 
 class StepWatcher(Protocol):

@@ -14,37 +14,33 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.model_executor.models import ModelRegistry
 
 from neuroscope_vllm.core import wire
-from neuroscope_vllm.core.calibration import Calibration
-from neuroscope_vllm.core.ranking import make_ranker
-from neuroscope_vllm.core.sae import load_sae
-from neuroscope_vllm.core.sae.encoder import TopKEncoder
 from neuroscope_vllm.core.sae.sae import SAE
 from neuroscope_vllm.core.sender import Sender
+from neuroscope_vllm.engine.serving.pipeline import EncodePipeline
+from neuroscope_vllm.engine.serving.sites import BuiltSite, SiteSettings, load
+from neuroscope_vllm.engine.serving.steerer import Steerer
+from neuroscope_vllm.engine.serving.step import StepView
 from neuroscope_vllm.engine.vllm import self_test
 from neuroscope_vllm.engine.vllm.hook import ActivationHook, max_rows
 from neuroscope_vllm.engine.vllm.models import OBSERVED
 from neuroscope_vllm.engine.vllm.passes import BEGIN_RPC, END_RPC, PassRunner, Site
 from neuroscope_vllm.engine.vllm.patching import TAKE_RPC, Patcher
-from neuroscope_vllm.engine.vllm.pipeline import EncodePipeline, LayerEncoder
 from neuroscope_vllm.engine.vllm.refusals import warnings
 from neuroscope_vllm.engine.vllm.rule_stops import Stops
-from neuroscope_vllm.engine.vllm.self_test import Probe, SelfTest
+from neuroscope_vllm.engine.vllm.self_test import SelfTest
 from neuroscope_vllm.engine.vllm.settings import (
-    SiteSettings,
     WorkerSettings,
     engine_name,
     engine_rank,
     worker_settings,
 )
-from neuroscope_vllm.engine.vllm.steer_report import SpanSteering
-from neuroscope_vllm.engine.vllm.steering import Steerer
-from neuroscope_vllm.engine.vllm.step import StepView, is_v2, watch_steps
+from neuroscope_vllm.engine.vllm.steering import take_up
+from neuroscope_vllm.engine.vllm.step import is_v2, watch_steps
 
 logger = logging.getLogger(__name__)
 
@@ -98,35 +94,30 @@ def observe(
     its rows: it streams them to a hub, or it keeps them for passes.
     """
     hook = _hook(runner)
-    saes = {
-        site.layer: _sae(site, settings) for site in settings.sites if site.layer in hook.layers
-    }
+    sites = [site for site in settings.sites if site.layer in hook.layers]
+    saes = {site.layer: load(site, settings.settings) for site in sites}
     steerer = None
     if hook.steering is not None:
         directions = {name: one.read() for name, one in settings.operator.directions.items()}
+        calibrations = {site.layer: site.load_calibration() for site in sites}
         sink_norms = {
-            site.layer: Calibration.load(site.calibration).sink_norm
-            for site in settings.sites
-            if site.calibration is not None
+            layer: one.sink_norm for layer, one in calibrations.items() if one is not None
         }
         steerer = Steerer(hook.steering, saes, directions, sink_norms)
     test, passes = _nothing()
-    if get_tensor_model_parallel_rank() == 0 and saes:
-        built = [
-            _layer_encoder(site, saes[site.layer], hook, settings)
-            for site in settings.sites
-            if site.layer in saes
-        ]
-        probes = [probe for _, probe in built]
+    if get_tensor_model_parallel_rank() == 0 and sites:
+        built = [_built(site, saes[site.layer], hook, settings) for site in sites]
         if settings.endpoint is None:
+            read = [hook.resid_post(site.layer) for site in sites]
             passes = PassRunner(
-                [Site(p.layer, p.buffer, p.sae.to(p.buffer.device)) for p in probes]
+                [
+                    Site(site.layer, rows, saes[site.layer].to(rows.device))
+                    for site, rows in zip(sites, read, strict=True)
+                ]
             )
-            test = SelfTest(probes, on_step=passes.on_step)
+            test = _test(built, hook, passes.on_step)
         else:
-            encoders = [encoder for encoder, _ in built]
-            found = _found(steerer, hook)
-            test = _stream(encoders, probes, runner, vllm_config, settings, found)
+            test = _stream(built, hook, steerer, runner, vllm_config, settings)
     watch_steps(runner, _Watcher(steerer, test))
     logger.info("neuroscope: observing layers %s of %s", hook.layers, settings.model)
     return test, passes
@@ -145,7 +136,7 @@ def _hook(runner: Any) -> ActivationHook:
 
 def _nothing() -> tuple[SelfTest, PassRunner]:
     """Of no layers."""
-    return SelfTest([], on_step=lambda step: None), PassRunner([])
+    return SelfTest([], [], on_step=lambda step: None), PassRunner([])
 
 
 class _Watcher:
@@ -156,7 +147,7 @@ class _Watcher:
 
     def starting(self, scheduler_output: Any) -> None:
         if self._steerer is not None:
-            self._steerer.starting(scheduler_output)
+            take_up(self._steerer, scheduler_output)
 
     def prepared(self, step: StepView) -> None:
         if self._steerer is not None:
@@ -168,19 +159,25 @@ class _Watcher:
             self._steerer.ran()
 
 
+def _test(
+    built: list[BuiltSite], hook: ActivationHook, on_step: Callable[[StepView], None]
+) -> SelfTest:
+    buffers = [hook.resid_post(site.probe.layer) for site in built]
+    return SelfTest([site.probe for site in built], buffers, on_step)
+
+
 def _stream(
-    encoders: list[LayerEncoder],
-    probes: list[Probe],
+    built: list[BuiltSite],
+    hook: ActivationHook,
+    steerer: Steerer | None,
     runner: Any,
     vllm_config: VllmConfig,
     settings: WorkerSettings,
-    found: Callable[[StepView], list[SpanSteering]],
 ) -> SelfTest:
-    """Encode every step and send it to the hub, once the self-test has passed. `found`: what
-    steering did in the step."""
+    """Encode every step and send it to the hub, once the self-test has passed."""
     assert settings.endpoint is not None
     engine = engine_name(vllm_config)
-    sites = [_wire_site(encoder, settings) for encoder in encoders]
+    rows = [hook.resid_post(site.probe.layer) for site in built]
 
     def hello(counters: dict[str, int]) -> wire.Hello:
         return wire.Hello(
@@ -192,7 +189,7 @@ def _stream(
             armed=test.passed and not pipeline.failing,
             runner="v2" if is_v2(runner) else "v1",
             cudagraph_mode=_cudagraph_mode(vllm_config),
-            sites=sites,
+            sites=[site.wire for site in built],
             warnings=[*test.warnings, *warnings(vllm_config)],
             counters={**counters, **pipeline.counters},
             self_test=test.results,
@@ -202,75 +199,30 @@ def _stream(
     stops = Stops()
     stops.watch_outputs(runner)
     pipeline = EncodePipeline(
-        encoders,
+        [site.encoder for site in built],
         send=sender.put,
         engine=engine,
         num_layers=len(settings.sites),
+        device=rows[0].device,
         max_pending_rows=PENDING_STEPS * max_rows(vllm_config),
         stop=stops.note,
     )
-    test = SelfTest(probes, on_step=lambda step: pipeline.submit(step, found(step)))
+
+    def submit(step: StepView) -> None:
+        steered = [] if steerer is None else steerer.found(step, hook.resid_post)
+        pipeline.submit(step, [one[: step.num_rows] for one in rows], steered)
+
+    test = _test(built, hook, submit)
     sender.start()
     atexit.register(sender.close)
     return test
 
 
-def _found(
-    steerer: Steerer | None, hook: ActivationHook
-) -> Callable[[StepView], list[SpanSteering]]:
-    if steerer is None:
-        return lambda step: []
-    return lambda step: steerer.found(step, hook.resid_post)
-
-
-def _sae(site: SiteSettings, settings: WorkerSettings) -> SAE:
-    loaded = load_sae(site.source)
-    return loaded.reading_rms() if settings.settings.sae_input == "rms" else loaded
-
-
-def _layer_encoder(
-    site: SiteSettings, loaded: SAE, hook: ActivationHook, settings: WorkerSettings
-) -> tuple[LayerEncoder, Probe]:
+def _built(
+    site: SiteSettings, sae: SAE, hook: ActivationHook, settings: WorkerSettings
+) -> BuiltSite:
     rows = hook.resid_post(site.layer)
-    sae = loaded.to(rows.device)
-    calibration = Calibration.load(site.calibration) if site.calibration else None
-    ranker = make_ranker(
-        settings.settings.ranking_of(calibration is not None),
-        calibration,
-        max_frequency=settings.settings.max_frequency,
-        width=sae.info.width,
-        device=rows.device,
-    )
-    topk = TopKEncoder(sae, ranker, k=settings.settings.top_k, select_dtype=_select_dtype(rows))
-    encoder = LayerEncoder(
-        layer=site.layer,
-        rows=rows,
-        topk=topk,
-        sink_norm=calibration.sink_norm if calibration else None,
-    )
-    expected_l0 = self_test.expected_l0(site.info, calibration)
-    return encoder, Probe(encoder, loaded, expected_l0)
-
-
-def _select_dtype(rows: torch.Tensor) -> torch.dtype:
-    """Select in bf16 where the residual itself is; values are recomputed in fp32 either way."""
-    return torch.float32 if rows.dtype == torch.float32 else torch.bfloat16
-
-
-def _wire_site(encoder: LayerEncoder, settings: WorkerSettings) -> wire.Site:
-    site = next(site for site in settings.sites if site.layer == encoder.layer)
-    return wire.Site(
-        layer=encoder.layer,
-        sae=site.info,
-        ranking=settings.settings.ranking_of(site.calibration is not None),
-        top_k=encoder.topk.k,
-        sink_norm=encoder.sink_norm,
-        dtype=str(encoder.rows.dtype).removeprefix("torch."),
-        calibration=site.calibration,
-        sae_input=settings.settings.sae_input,
-        max_frequency=settings.settings.max_frequency,
-        dense=Calibration.load(site.calibration).dense if site.calibration else [],
-    )
+    return BuiltSite(site, sae, settings.settings, device=rows.device, dtype=rows.dtype)
 
 
 def _cudagraph_mode(vllm_config: VllmConfig) -> str:

@@ -1,6 +1,8 @@
-"""The persistent tables that the steer op reads: allocated once, changed between forward passes."""
+"""The tables that `steer_rows` reads: allocated once, changed between forward passes."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,8 +12,8 @@ from torch import Tensor, nn
 from neuroscope_vllm.core.sae.sae import normalise_rows
 from neuroscope_vllm.core.steering.arithmetic import Vector
 from neuroscope_vllm.core.steering.settled import MAX_RULES, MAX_SLOTS
-from neuroscope_vllm.engine.vllm import steer_op
-from neuroscope_vllm.engine.vllm.steer_op import NEVER
+from neuroscope_vllm.engine.serving import steer_rows
+from neuroscope_vllm.engine.serving.steer_rows import NEVER
 
 FOREVER = (1 << 31) - 1
 
@@ -32,8 +34,13 @@ class SteerTables(nn.Module):
         d_model: int,
         entries: int,
         num_slots: int = MAX_SLOTS,
+        vectors_on: torch.device | None = None,
     ) -> None:
-        """`input_norms`: `SAEInfo.input_norm` of each layer that can be steered."""
+        """
+        Args:
+            input_norms: `SAEInfo.input_norm` of each layer that can be steered.
+            vectors_on: Device of what is multiplied with rows; None: of the other tables.
+        """
         super().__init__()
         self.layers = list(input_norms)
         self.entries, self.num_slots = entries, num_slots
@@ -43,33 +50,30 @@ class SteerTables(nn.Module):
         self._add("met", (entries, MAX_RULES), torch.int32, NEVER)
         for layer in self.layers:
             self._add(f"slots_{layer}", (entries, num_slots, 5), torch.int32)
-            self._add(f"numbers_{layer}", (entries, num_slots, 7), torch.float32)
-            self._add(f"reading_{layer}", (entries, num_slots, d_model), torch.float32)
-            self._add(f"writing_{layer}", (entries, num_slots, d_model), torch.float32)
+            with torch.device(vectors_on or torch.get_default_device()):
+                self._add(f"numbers_{layer}", (entries, num_slots, 7), torch.float32)
+                self._add(f"reading_{layer}", (entries, num_slots, d_model), torch.float32)
+                self._add(f"writing_{layer}", (entries, num_slots, d_model), torch.float32)
             self._add(f"activation_{layer}", (num_rows, num_slots), torch.float32)
         self._dirty = 0  # rows that may name an entry
 
     def _add(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, value: float = 0) -> None:
         self.register_buffer(name, torch.full(shape, value, dtype=dtype), persistent=False)
 
-    def steer(self, layer: int, hidden: Tensor, residual: Tensor) -> None:
-        """Inside the compiled graph. No-op at a layer that can not be steered."""
-        norms = self._input_norms
-        if layer in norms:
-            table = self.get_buffer
-            torch.ops.neuroscope.steer(
-                hidden,
-                residual,
-                table("rows"),
-                table("last"),
-                table("met"),
-                table(f"slots_{layer}"),
-                table(f"numbers_{layer}"),
-                table(f"reading_{layer}"),
-                table(f"writing_{layer}"),
-                table(f"activation_{layer}"),
-                norms[layer],
-            )
+    def of_layer(self, layer: int) -> list[Any]:
+        """All but the first two arguments of `steer_rows.steer`."""
+        table = self.get_buffer
+        return [
+            table("rows"),
+            table("last"),
+            table("met"),
+            table(f"slots_{layer}"),
+            table(f"numbers_{layer}"),
+            table(f"reading_{layer}"),
+            table(f"writing_{layer}"),
+            table(f"activation_{layer}"),
+            self._input_norms[layer],
+        ]
 
     def activation(self, layer: int) -> Tensor:
         """float32 [num_rows, num_slots]: f before the edits; NaN where no slot was live."""
@@ -84,7 +88,7 @@ class SteerTables(nn.Module):
 
     def activations_after(self, layer: int, rows: slice, slots: int, x: Tensor) -> Tensor:
         """The same of the step's `rows`, each of its own entry."""
-        entry = self.rows[rows, steer_op.ENTRY]
+        entry = self.rows[rows, steer_rows.ENTRY].to(x.device)
         reading = self.get_buffer(f"reading_{layer}")[:, :slots].index_select(0, entry)
         x = x.float()
         each = normalise_rows(x, self._input_norms[layer]).unsqueeze(1)
@@ -92,7 +96,7 @@ class SteerTables(nn.Module):
         return _gated(torch.linalg.vecdot(each, reading), numbers, x)
 
     def rules_met(self, entry: int) -> Tensor:
-        """int32 [MAX_RULES], a copy: see `steer_op`."""
+        """int32 [MAX_RULES], a copy: see `steer_rows`."""
         return self.get_buffer("met")[entry].clone()
 
     def clear_entry(self, entry: int, last: list[int], met: Tensor | None = None) -> None:
@@ -120,7 +124,7 @@ class SteerTables(nn.Module):
         meets: int = -1,
         above: float = 0.0,
     ) -> None:
-        """Fill a slot; see `steer_op`."""
+        """Fill a slot; see `steer_rows`."""
         of_vector = (vector.bias, vector.threshold, vector.normed, vector.sink_norm)
         numbers = torch.tensor([per_activation, constant, *of_vector, above])
         self._put(f"numbers_{layer}", entry, slot, numbers)
@@ -154,7 +158,7 @@ class SteerTables(nn.Module):
 
 def _gated(pre: Tensor, numbers: Tensor, x: Tensor) -> Tensor:
     """f of pre-activations [n, slots] without their bias; numbers: [n or none, slots, 7]."""
-    pre = pre + numbers[..., steer_op.BIAS]
+    pre = pre + numbers[..., steer_rows.BIAS]
     norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
-    heard = norm <= numbers[..., steer_op.SINK_NORM]
-    return torch.where((pre > numbers[..., steer_op.THRESHOLD]) & heard, pre, 0.0)
+    heard = norm <= numbers[..., steer_rows.SINK_NORM]
+    return torch.where((pre > numbers[..., steer_rows.THRESHOLD]) & heard, pre, 0.0)

@@ -1,11 +1,11 @@
 """Rows of a step to top features to a message.
 
-On CUDA the runner's thread only copies the step's rows out of the hook's buffers (stream-ordered,
-no sync). A thread of our own, with a stream of its own, encodes them, brings the result to the
-host in one copy per step and hands it to the sender; the runner waits for none of it.
+On CUDA the runner's thread only copies the step's rows (stream-ordered, no sync). A thread of our
+own, with a stream of its own, encodes them, brings the result to the host in one copy per step and
+hands it to the sender; the runner waits for none of it.
 
-On a CPU the runner encodes before it goes on. A thread beside it was slower, at batch 1 and 16:
-it takes turns with the model for the GIL, and vLLM's engine core spins on the other cores.
+Elsewhere the runner encodes before it goes on. On a CPU a thread beside it was slower, at batch 1
+and 16: it takes turns with the model for the GIL, and vLLM's engine core spins on the other cores.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from torch import Tensor
 
 from neuroscope_vllm.core import wire
 from neuroscope_vllm.core.sae.encoder import TopKEncoder
-from neuroscope_vllm.engine.vllm.steer_report import SpanSteering, rule_hits, steered_rows
-from neuroscope_vllm.engine.vllm.step import StepView
+from neuroscope_vllm.engine.serving.steer_report import SpanSteering, rule_hits, steered_rows
+from neuroscope_vllm.engine.serving.step import StepView
 
 logger = logging.getLogger(__name__)
 
@@ -38,8 +38,6 @@ class LayerEncoder:
     """Everything that turns one layer's rows into packed results."""
 
     layer: int
-    rows: Tensor
-    """The hook's persistent buffer, [max_rows, d_model]."""
     topk: TopKEncoder
     sink_norm: float | None
 
@@ -99,12 +97,14 @@ class EncodePipeline:
         send: Callable[[wire.StepFeatures], object],
         engine: str,
         num_layers: int,
+        device: torch.device,
         max_pending_rows: int,
         stop: Callable[[str, str], object] = lambda request_id, rule: None,
     ) -> None:
         """
         Args:
             num_layers: Observed layers of the whole model, on other pipeline stages included.
+            device: Where the rows are, and the encoders.
             stop: Called with a request's internal id and the rule that ends it.
         """
         self.counters: Counter[str] = Counter()
@@ -113,7 +113,7 @@ class EncodePipeline:
         self._send = send
         self._engine = engine
         self._num_layers = num_layers
-        self._device = encoders[0].rows.device
+        self._device = device
         self._max_pending_rows = max_pending_rows
         self._stop = stop
         self._pending_rows = 0
@@ -124,14 +124,16 @@ class EncodePipeline:
             self._thread = threading.Thread(target=self._run, name="neuroscope-encode", daemon=True)
             self._thread.start()
 
-    def submit(self, step: StepView, steered: Sequence[SpanSteering] = ()) -> None:
-        """Take the step's rows, which the hook's buffers hold until the next step."""
+    def submit(
+        self, step: StepView, rows: list[Tensor], steered: Sequence[SpanSteering] = ()
+    ) -> None:
+        """Take a step's rows [num_rows, d_model], one tensor for each encoder; they need not
+        outlast the call."""
         began = time.perf_counter()
         count = step.num_rows
         number = self.counters["steps"]
         self.counters["steps"] += 1
         self.counters["rows_observed"] += count
-        rows = [encoder.rows[:count] for encoder in self._encoders]
         if self._thread is None:
             with torch.inference_mode():
                 self._finish(_Job(number, step, rows, None, list(steered)))

@@ -1,0 +1,1 @@
+"""What every engine that serves does with the rows of a step, whatever runs the model."""
