@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from neuroscope_vllm.cli.corpus_options import corpus_flags, take_corpus
-from neuroscope_vllm.cli.demo import VLLM_FLAGS, demo_model, demo_sae
+from neuroscope_vllm.cli.demo import SERVER_FLAGS, demo_model, demo_sae
 from neuroscope_vllm.cli.engines import DEMO, chosen, sae_flags
 from neuroscope_vllm.cli.failures import in_a_sentence
 from neuroscope_vllm.cli.options import neuroscope_flags, settings_from
@@ -74,7 +74,7 @@ def overhead(
     if model is None:
         flags["sae"] = flags["sae"] or (str(demo_sae()),)
         model = str(demo_model())
-        vllm_flags = (*VLLM_FLAGS, *vllm_flags)
+        vllm_flags = (*SERVER_FLAGS, *vllm_flags)
     settings = settings_from(flags)
     if not settings.configured:
         raise click.UsageError("no SAE was given; name one with --sae.")

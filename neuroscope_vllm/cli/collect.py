@@ -179,7 +179,7 @@ def _replaceable(folder: Path) -> Path:
 
 def _texts(engine: Engine, ids: list[int]) -> list[str]:
     """Of each token of a sequence; joined, the sequence's."""
-    from neuroscope_vllm.server.detokenize import TextStream
+    from neuroscope_vllm.core.detokenize import TextStream
 
     # None of a tokenizer that is not one of the tokenizers library: text is then shown by id.
     fast = getattr(engine.tokenizer, "backend_tokenizer", None)

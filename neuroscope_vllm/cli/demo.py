@@ -9,29 +9,39 @@ from typing import Any
 
 import click
 
-from neuroscope_vllm.cli.options import neuroscope_flags, settings_from
-from neuroscope_vllm.cli.supervise import console, run_server, vllm_command
+from neuroscope_vllm.cli.options import backend_flags, neuroscope_flags, settings_from
+from neuroscope_vllm.cli.supervise import console, run_server, server_command
 from neuroscope_vllm.core.config import cache_dir
 from neuroscope_vllm.core.errors import NeuroscopeError
 
 NAME = "smollm2-135m-instruct"
-VLLM_FLAGS = ("--served-model-name", NAME, "--host", "127.0.0.1", "--max-model-len", "4096")
+SERVER_FLAGS = ("--served-model-name", NAME, "--host", "127.0.0.1", "--max-model-len", "4096")
 
 
 @click.command("demo", epilog="Everything after -- goes to `vllm serve` untouched.")
+@backend_flags
 @neuroscope_flags
-@click.option("--port", type=int, default=8080, show_default=True, help="Port of vLLM's own API.")
-@click.option("--print-command", is_flag=True, help="Print the equivalent `vllm serve` and exit.")
+@click.option("--port", type=int, default=8080, show_default=True, help="Port of the OpenAI API.")
+@click.option("--print-command", is_flag=True, help="Print the server's own command and exit.")
 @click.argument("vllm_flags", nargs=-1, type=click.UNPROCESSED)
-def command(port: int, print_command: bool, vllm_flags: tuple[str, ...], **flags: Any) -> None:
+def command(
+    backend: str,
+    device: str | None,
+    dtype: str | None,
+    port: int,
+    print_command: bool,
+    vllm_flags: tuple[str, ...],
+    **flags: Any,
+) -> None:
     """Serve SmolLM2-135M-Instruct with an SAE trained by this project."""
     flags["sae"] = flags["sae"] or (str(demo_sae()),)
     settings = settings_from(flags)
     model = demo_model()
     # The CPU build sizes its KV cache from free memory unless told; 1 GiB is plenty here.
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-    vllm = vllm_command(str(model), port, settings, (*VLLM_FLAGS, *vllm_flags))
-    run_server(vllm, settings, port, print_command)
+    words = (*SERVER_FLAGS, *vllm_flags)
+    server = server_command(backend, str(model), port, settings, device, dtype, words)
+    run_server(server, settings, port, print_command)
 
 
 def demo_sae() -> Path:

@@ -202,11 +202,11 @@ class Offline:
         # they wait for each other take several times as long.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+        from neuroscope_vllm.core.detokenize import special_ids
         from neuroscope_vllm.core.inspection.inspector import Inspector
         from neuroscope_vllm.core.labels import load_labels
         from neuroscope_vllm.core.launch import label_files
         from neuroscope_vllm.core.sae.observed import named
-        from neuroscope_vllm.server.detokenize import special_ids
 
         self._chat, self._features, self._everywhere = chat, features, everywhere
         path, settings = chosen(model, flags)

@@ -59,6 +59,33 @@ def neuroscope_flags(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
+_BACKEND_FLAGS = [
+    click.option(
+        "--backend",
+        type=click.Choice(["vllm", "transformers"]),
+        default="vllm",
+        show_default=True,
+        help="What runs the model; transformers needs no vLLM, and runs on a Mac.",
+    ),
+    click.option(
+        "--device",
+        type=click.Choice(["auto", "mps", "cuda", "cpu"]),
+        help="For transformers: where the model runs (auto).",
+    ),
+    click.option(
+        "--dtype",
+        type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+        help="For transformers: its precision (auto); vLLM's own goes after the --.",
+    ),
+]
+
+
+def backend_flags(command: Callable[..., Any]) -> Callable[..., Any]:
+    for option in reversed(_BACKEND_FLAGS):
+        command = option(command)
+    return command
+
+
 def settings_from(flags: dict[str, Any]) -> Settings:
     """Raises click.ClickException with the one sentence that says what is wrong."""
     given: dict[str, Any] = {

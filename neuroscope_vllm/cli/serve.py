@@ -6,8 +6,8 @@ from typing import Any
 
 import click
 
-from neuroscope_vllm.cli.options import neuroscope_flags, settings_from
-from neuroscope_vllm.cli.supervise import run_server, vllm_command
+from neuroscope_vllm.cli.options import backend_flags, neuroscope_flags, settings_from
+from neuroscope_vllm.cli.supervise import run_server, server_command
 
 
 @click.command(
@@ -15,15 +15,24 @@ from neuroscope_vllm.cli.supervise import run_server, vllm_command
     epilog="Everything after -- goes to `vllm serve` untouched, e.g. -- --max-model-len 4096",
 )
 @click.argument("model")
+@backend_flags
 @neuroscope_flags
-@click.option("--port", type=int, default=8080, show_default=True, help="Port of vLLM's own API.")
-@click.option("--print-command", is_flag=True, help="Print the equivalent `vllm serve` and exit.")
+@click.option("--port", type=int, default=8080, show_default=True, help="Port of the OpenAI API.")
+@click.option("--print-command", is_flag=True, help="Print the server's own command and exit.")
 @click.argument("vllm_flags", nargs=-1, type=click.UNPROCESSED)
 def command(
-    model: str, port: int, print_command: bool, vllm_flags: tuple[str, ...], **flags: Any
+    model: str,
+    backend: str,
+    device: str | None,
+    dtype: str | None,
+    port: int,
+    print_command: bool,
+    vllm_flags: tuple[str, ...],
+    **flags: Any,
 ) -> None:
-    """Serve MODEL with vLLM and stream its features beside it."""
+    """Serve MODEL and stream its features beside it."""
     settings = settings_from(flags)
     if not settings.configured:
         raise click.UsageError("no SAE was given; name one with --sae, or try `neuroscope demo`.")
-    run_server(vllm_command(model, port, settings, vllm_flags), settings, port, print_command)
+    words = server_command(backend, model, port, settings, device, dtype, vllm_flags)
+    run_server(words, settings, port, print_command)

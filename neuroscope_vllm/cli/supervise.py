@@ -1,11 +1,12 @@
-"""Run `vllm serve` as a child: start, announce when ready, drain on Ctrl-C.
+"""Run `vllm serve`, or the server on transformers, as a child: start, announce when ready, drain on
+Ctrl-C.
 
-The side process is a child of vLLM's front process (the plugin starts and restarts it), so one
-child here means both servers.
+The side process is a child of that server's front process, so one child here means both servers.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import os
@@ -17,13 +18,15 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import click
+from msgspec.json import encode
 from rich.console import Console
 
 from neuroscope_vllm.core.config import Settings, settings_dict, without_settings
 from neuroscope_vllm.core.launch import url_host
+from neuroscope_vllm.engine.hf.serve.spec import ServeSpec
 
 console = Console(stderr=True)
 
@@ -57,17 +60,81 @@ def vllm_command(
     return words + flags
 
 
+def server_command(
+    backend: str,
+    model: str,
+    port: int,
+    settings: Settings,
+    device: str | None,
+    dtype: str | None,
+    flags: tuple[str, ...],
+) -> list[str]:
+    """The command line of the server on `backend`. `flags`: what stands after the --."""
+    if backend == "transformers":
+        return _transformers_command(model, port, settings, device, dtype, flags)
+    for name, given in (("--device", device), ("--dtype", dtype)):
+        if given is not None:
+            instead = "vLLM finds its own" if name == "--device" else "give it after the --"
+            raise click.UsageError(f"{name} is for --backend transformers; {instead}.")
+    return vllm_command(model, port, settings, flags)
+
+
+def _transformers_command(
+    model: str,
+    port: int,
+    settings: Settings,
+    device: str | None,
+    dtype: str | None,
+    flags: tuple[str, ...],
+) -> list[str]:
+    """`flags`: those of `vllm serve` that it has too. A key goes to the environment."""
+    given = _server_flags().parse_args(list(flags))
+    if given.api_key is not None:
+        os.environ["VLLM_API_KEY"] = given.api_key
+    spec = ServeSpec(
+        model=model,
+        settings=settings,
+        port=port,
+        device=device or "auto",
+        dtype=dtype or "auto",
+        host=given.host,
+        served_model_name=given.served_model_name,
+        max_model_len=given.max_model_len,
+        allowed_origins=given.allowed_origins,
+    )
+    return [sys.executable, "-m", "neuroscope_vllm.engine.hf.serve", encode(spec).decode()]
+
+
+class _Flags(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        known = ", ".join(word for action in self._actions for word in action.option_strings)
+        raise click.UsageError(
+            f"after --, for the transformers backend: {message}; known are {known}."
+        )
+
+
+def _server_flags() -> argparse.ArgumentParser:
+    """Those of `vllm serve` that the server on transformers has too."""
+    flags = _Flags(add_help=False, allow_abbrev=False)
+    flags.add_argument("--host", default="127.0.0.1")
+    flags.add_argument("--api-key")
+    flags.add_argument("--served-model-name")
+    flags.add_argument("--max-model-len", type=int)
+    flags.add_argument("--allowed-origins", type=json.loads, default=[])
+    return flags
+
+
 def run_server(words: list[str], settings: Settings, port: int, print_command: bool) -> None:
-    """Run vLLM until it ends or Ctrl-C; exits with its code, or 130."""
+    """Run a server until it ends or Ctrl-C; exits with its code, or 130."""
     if print_command:
         click.echo(shlex.join(words))
         return
     end_what_we_start()
     # A session of its own: Ctrl-C reaches us alone, and we decide how the child ends. Its settings
     # are on its command line; the environment has had its say.
-    child = subprocess.Popen(
-        [vllm_executable(), *words[1:]], start_new_session=True, env=without_settings(os.environ)
-    )
+    if words[0] == "vllm":
+        words = [vllm_executable(), *words[1:]]
+    child = subprocess.Popen(words, start_new_session=True, env=without_settings(os.environ))
     features = f"http://{url_host(settings.features_host)}:{settings.features_port}"
     announcer = threading.Thread(
         target=_announce, args=(child, features, port, settings.hub), daemon=True
@@ -170,8 +237,8 @@ def print_banner(description: dict[str, Any], features: str, port: int) -> None:
             f"  [bold]layer {site['layer']}[/]  {sae['source']} ({sae['width']} features)",
             soft_wrap=True,
         )
-    modes = {
-        sender["cudagraph_mode"] for sender in description["senders"] if sender["role"] == "worker"
-    }
-    console.print(f"  [bold]CUDA graphs[/]  {', '.join(sorted(modes)) or 'unknown'}")
+    workers = [sender for sender in description["senders"] if sender["role"] == "worker"]
+    if any(sender["runner"] != "transformers" for sender in workers):
+        modes = sorted({sender["cudagraph_mode"] for sender in workers})
+        console.print(f"  [bold]CUDA graphs[/]  {', '.join(modes) or 'unknown'}")
     console.print(f"\n  watch: curl -N {features}/v1/features/stream\n", soft_wrap=True)

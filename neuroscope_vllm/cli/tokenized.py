@@ -37,7 +37,7 @@ def check_text(text: str, what: str) -> None:
 
 def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
     """The text of each, "" of those that a character is not yet complete with."""
-    from neuroscope_vllm.server.detokenize import TextStream
+    from neuroscope_vllm.core.detokenize import TextStream
 
     # None of a tokenizer that is not one of the tokenizers library: text is then shown by id.
     fast = getattr(tokenizer, "backend_tokenizer", None)

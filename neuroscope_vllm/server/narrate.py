@@ -11,7 +11,7 @@ import msgspec
 from tokenizers import Tokenizer
 
 from neuroscope_vllm.core import events, wire
-from neuroscope_vllm.server.detokenize import OutputText, Released, TextStream
+from neuroscope_vllm.core.detokenize import OutputText, Released, TextStream
 from neuroscope_vllm.server.join import Choice, Done, Gap, Item, Placed
 from neuroscope_vllm.server.rows import LayerRows
 

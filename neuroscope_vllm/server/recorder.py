@@ -23,12 +23,12 @@ from typing import NamedTuple
 
 import pyarrow as pa
 
+from neuroscope_vllm.core.detokenize import special_ids
 from neuroscope_vllm.core.launch import SideConfig
 from neuroscope_vllm.core.recording import folder as folders
 from neuroscope_vllm.core.recording.files import file_content
 from neuroscope_vllm.core.recording.record import About, Head, RecordedEvent, RecordedTrace
 from neuroscope_vllm.core.recording.rows import chunks, to_batch
-from neuroscope_vllm.server.detokenize import special_ids
 from neuroscope_vllm.server.hub import Hub
 from neuroscope_vllm.server.traces import Event, Trace
 

@@ -11,11 +11,11 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from neuroscope_vllm.core.cards.record import Card, Neighbour, Wanted
 from neuroscope_vllm.core.config import Settings
+from neuroscope_vllm.core.detokenize import special_ids
 from neuroscope_vllm.core.errors import ConfigError
 from neuroscope_vllm.core.labels import Label, LabelSet
 from neuroscope_vllm.core.wire import Site
 from neuroscope_vllm.server.cards import CardError, CardReader
-from neuroscope_vllm.server.detokenize import special_ids
 from neuroscope_vllm.server.errors import ApiError
 from neuroscope_vllm.server.hub import Hub
 

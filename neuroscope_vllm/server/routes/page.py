@@ -10,9 +10,9 @@ from urllib.parse import quote
 
 from fastapi import APIRouter, Request, Response
 
+from neuroscope_vllm.core.detokenize import special_ids
 from neuroscope_vllm.core.recording.page import html_page
 from neuroscope_vllm.core.recording.record import About, of_answer
-from neuroscope_vllm.server.detokenize import special_ids
 from neuroscope_vllm.server.errors import ApiError
 from neuroscope_vllm.server.hub import Hub
 from neuroscope_vllm.server.routes import requests

@@ -18,8 +18,8 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.detokenizer import FastIncrementalDetokenizer
 
+from neuroscope_vllm.core.detokenize import OutputText, TextStream
 from neuroscope_vllm.engine.hf import gguf
-from neuroscope_vllm.server.detokenize import OutputText, TextStream
 from tests.support import models as tiny
 from tests.vllm.shapes.asking import CHAT, COMPLETION, Answer, Api
 

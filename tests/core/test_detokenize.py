@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models
 
-from neuroscope_vllm.server.detokenize import OutputText, TextStream
+from neuroscope_vllm.core.detokenize import OutputText, TextStream
 from tests.server.side import make_tokenizer
 
 EOS = 256

@@ -126,6 +126,7 @@ class OutputText:
         self._text = ""
         self._pending: list[tuple[int, int, int]] = []  # token id, text start, text end
         self._cut: int | None = None  # a stop string was seen: the text ends here
+        self.stopped_by: str | None = None  # that stop string
 
     def push(
         self, token_ids: list[int], finish_reason: str | None, stop_reason: int | str | None
@@ -164,7 +165,7 @@ class OutputText:
         for stop in self._stop:
             at = self._text.find(stop, max(0, len(self._text) + 1 - new_chars - len(stop)))
             if at >= 0 and at + len(stop) < first_end:
-                first_end = at + len(stop)
+                first_end, self.stopped_by = at + len(stop), stop
                 cut = first_end if self._include_stop else at
         return cut
 

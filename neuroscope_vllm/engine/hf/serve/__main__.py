@@ -1,0 +1,87 @@
+"""The server's process: `python -m neuroscope_vllm.engine.hf.serve SPEC`, a `ServeSpec` as JSON."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import socket
+import sys
+
+import msgspec
+
+from neuroscope_vllm.core import launch
+from neuroscope_vllm.core.errors import ConfigError, NeuroscopeError
+from neuroscope_vllm.core.keys import check_reachable, hub_endpoint
+from neuroscope_vllm.engine.hf.serve.spec import ServeSpec
+
+KEY_VARIABLE = "VLLM_API_KEY"
+"""vLLM's own; a key on a command line is everybody's to read."""
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    # Before torch is loaded. Where MPS lacks an operation, the CPU does it, and PyTorch says so.
+    os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    spec = msgspec.json.decode(sys.argv[1], type=ServeSpec)
+    try:
+        serve(spec)
+    except NeuroscopeError as error:
+        sys.exit(f"neuroscope: {error}")
+
+
+def serve(spec: ServeSpec) -> None:
+    """Until it is told to end. Raises NeuroscopeError, one sentence."""
+    settings = spec.settings
+    hub = hub_endpoint(settings)
+    check_reachable(settings)
+    listener = None
+    door = _listen(spec)  # before the model: a taken port should not cost its download
+    if hub is None:
+        launch.check_side(settings)
+        listener = launch.listen(settings.features_host, settings.features_port)
+
+    import uvicorn
+
+    from neuroscope_vllm.engine.hf.serve import app, loading
+
+    loaded = loading.load(spec)
+    directory = launch.runtime_directory()
+    endpoint = hub or launch.endpoint_of(directory)
+    if hub is None:
+        assert listener is not None
+        side = launch.launch(
+            settings,
+            model=spec.name,
+            directory=directory,
+            listener=listener,
+            tokenizer_file=loaded.tokenizer_file(directory),
+            upstream=settings.upstream or f"http://{launch.url_host(_own(spec.host))}:{spec.port}",
+            labels=launch.label_files(settings, loaded.layers_in_order),
+            model_source=spec.model,
+        )
+        atexit.register(side.stop)
+    served = loaded.connect(endpoint)
+    key = os.environ.get(KEY_VARIABLE)
+    application = app.build(served, api_keys=[key] if key else [], origins=spec.allowed_origins)
+    config = uvicorn.Config(application, log_level="info", timeout_graceful_shutdown=5)
+    uvicorn.Server(config).run(sockets=[door])
+
+
+def _listen(spec: ServeSpec) -> socket.socket:
+    try:
+        return launch.listen(spec.host, spec.port)
+    except ConfigError:
+        raise ConfigError(
+            f"port {spec.port} on {spec.host} can not be had; another process may hold it, so stop"
+            " that one, or choose another with --port."
+        ) from None
+
+
+def _own(host: str) -> str:
+    return "127.0.0.1" if host in ("", "0.0.0.0", "::") else host
+
+
+if __name__ == "__main__":
+    main()

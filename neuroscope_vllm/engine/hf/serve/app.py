@@ -1,0 +1,172 @@
+"""The server of `transformers serve`, with what is around vLLM's: keys, origins, errors, ids."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import secrets
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.responses import JSONResponse, Response
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from transformers.cli.serving.server import build_server
+
+from neuroscope_vllm.engine.hf.serve.ask import Refused
+from neuroscope_vllm.engine.hf.serve.handlers import ChatHandler, Served, TextHandler, error_body
+
+ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/health")
+"""Of transformers' own; those that load, unload or speak to other models are left out."""
+GUARDED = "/v1"
+"""What needs a key, as in vLLM."""
+
+
+def build(served: Served, *, api_keys: Sequence[str], origins: Sequence[str]) -> FastAPI:
+    unused: Any = None
+    app = build_server(
+        served.manager,
+        ChatHandler(served),
+        TextHandler(served),
+        unused,
+        unused,
+        served.state,
+    )
+    app.router.routes[:] = [
+        route for route in app.router.routes if getattr(route, "path", "") in ROUTES
+    ]
+    _say_who(app, served)
+    _install_errors(app)
+    app.add_middleware(_Cancelling)
+    if api_keys:
+        app.add_middleware(_Keys, keys=api_keys)
+    if origins:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=list(origins), allow_methods=["*"], allow_headers=["*"]
+        )
+    return app
+
+
+def _say_who(app: FastAPI, served: Served) -> None:
+    """What the page and the command line ask for beside answers."""
+    models = [route for route in app.router.routes if getattr(route, "path", "") == "/v1/models"]
+    for route in models:
+        app.router.routes.remove(route)
+
+    @app.get("/v1/models")
+    def models_served() -> dict[str, Any]:
+        card = {
+            "id": served.name,
+            "object": "model",
+            "created": served.created,
+            "owned_by": "neuroscope",
+            "root": served.name,
+            "parent": None,
+            "max_model_len": served.generator.max_model_len,
+        }
+        return {"object": "list", "data": [card]}
+
+    @app.get("/version")
+    def versions() -> dict[str, str]:
+        return {"version": version("neuroscope-vllm"), "transformers": version("transformers")}
+
+    @app.get("/load")
+    def load() -> dict[str, Any]:
+        queue = served.generator.queue()
+        return {"server_load": len(queue), "queue": queue}
+
+
+def _install_errors(app: FastAPI) -> None:
+    @app.exception_handler(Refused)
+    async def _refused(_: Request, error: Refused) -> Response:
+        return JSONResponse(error_body(error), error.status)
+
+    @app.exception_handler(RequestValidationError)
+    async def _no_json(_: Request, error: RequestValidationError) -> Response:
+        return JSONResponse(
+            error_body(Refused(f"the body is no JSON object: {_first(error)}")), 400
+        )
+
+    @app.exception_handler(HTTPException)
+    async def _http(request: Request, error: HTTPException) -> Response:
+        detail = str(error.detail)
+        if error.status_code in (404, 405):
+            known = ", ".join(ROUTES)
+            detail = f"{request.method} {request.url.path}: {detail}; here are {known}."
+        refused = Refused(detail, None, error.status_code)
+        return JSONResponse(error_body(refused), error.status_code)
+
+
+def _first(error: RequestValidationError) -> str:
+    first = error.errors()[0]
+    return str(first.get("ctx", {}).get("error", first["msg"]))
+
+
+class _Keys:
+    """Asks for one of the keys, as vLLM's middleware does; compares in constant time."""
+
+    def __init__(self, app: ASGIApp, keys: Sequence[str]) -> None:
+        self._app = app
+        self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        guarded = scope["type"] == "http" and scope["path"].startswith(GUARDED)
+        if guarded and scope["method"] != "OPTIONS" and not self._admits(Headers(scope=scope)):
+            refused = JSONResponse({"error": "Unauthorized"}, 401)
+            await refused(scope, receive, send)
+            return
+        await self._app(scope, receive, send)
+
+    def _admits(self, headers: Headers) -> bool:
+        scheme, _, key = headers.get("authorization", "").partition(" ")
+        digest = hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+        found = [secrets.compare_digest(digest, one) for one in self._digests]
+        return scheme.lower() == "bearer" and any(found)
+
+
+class _Cancelling:
+    """A request whose client has left is cancelled, streamed or not."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] != "POST":
+            await self._app(scope, receive, send)
+            return
+        body: list[Message] = []
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return
+            body.append(message)
+            if not message.get("more_body"):
+                break
+        left = asyncio.Event()
+
+        async def replayed() -> Message:
+            if body:
+                return body.pop(0)
+            await left.wait()
+            return {"type": "http.disconnect"}
+
+        async def watch() -> None:
+            while (await receive())["type"] != "http.disconnect":
+                pass
+            left.set()
+            answering.cancel()
+
+        answering = asyncio.ensure_future(self._app(scope, replayed, send))
+        watching = asyncio.ensure_future(watch())
+        try:
+            await answering
+        except asyncio.CancelledError:
+            if not left.is_set():
+                raise
+        finally:
+            watching.cancel()
