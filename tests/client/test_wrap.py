@@ -334,10 +334,17 @@ def test_an_id_that_was_used_before(
 def test_requests_of_one_id_at_the_same_time_are_not_taken_for_each_other(
     client: Client, side: Side, engine: FakeEngine, caplog: pytest.LogCaptureFixture
 ):
-    for text in ANSWERS:
-        engine.run("at-once", ids("hello"), ids(text))
-    side.wait_done("at-once", len(ANSWERS))  # heard of only later, they would not be at one time
+    slow = Script(pause_s=0.5)  # all have begun before the first is told any token
+    runs = [
+        threading.Thread(target=engine.run, args=("at-once", ids("hello"), ids(text), slow))
+        for text in ANSWERS
+    ]
+    for run in runs:
+        run.start()
+    side.wait_known("at-once", len(ANSWERS))
     got = streamed(client, "at-once", content("first"))
+    for run in runs:
+        run.join(10)
     assert [one.features for one in got] == [None, None]
     assert "which is its own is not known" in caplog.text
 

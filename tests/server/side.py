@@ -66,13 +66,18 @@ class Side:
         """The trace's choices once that many are finished."""
 
         def done() -> list[dict[str, Any]] | None:
-            answer = self.get(f"/v1/requests/{request_id}")
-            if answer.status_code != 200:
-                return None
-            found = [one for one in answer.json()["choices"] if one["finished"]]
+            found = [one for one in self._choices(request_id) if one["finished"]]
             return found if len(found) >= choices else None
 
         return wait_until(done)
+
+    def wait_known(self, request_id: str, choices: int) -> None:
+        """Until that many have begun."""
+        wait_until(lambda: len(self._choices(request_id)) >= choices)
+
+    def _choices(self, request_id: str) -> list[dict[str, Any]]:
+        answer = self.get(f"/v1/requests/{request_id}")
+        return answer.json()["choices"] if answer.status_code == 200 else []
 
     def read(self, request_id: str | None = None, **options: Any) -> list[dict[str, Any]]:
         """All events of a stream that ends by itself."""

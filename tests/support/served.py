@@ -134,6 +134,25 @@ def start_neuroscope(
     return start([*words, "--", *vllm_flags], log, port, features_port, env)
 
 
+def start_transformers(
+    model: Path,
+    sae: Path,
+    log: Path,
+    *,
+    flags: tuple[str, ...] = (),
+    server_flags: tuple[str, ...] = ("--max-model-len", "1024", "--served-model-name", "tiny"),
+    env: dict[str, str] | None = None,
+) -> Served:
+    return start_neuroscope(
+        model,
+        sae,
+        log,
+        flags=("--backend", "transformers", "--device", "cpu", "--dtype", "float32", *flags),
+        vllm_flags=server_flags,
+        env=env,
+    )
+
+
 def start_vllm(
     model: Path,
     log: Path,

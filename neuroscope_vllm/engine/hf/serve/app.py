@@ -19,7 +19,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from transformers.cli.serving.server import build_server
 
 from neuroscope_vllm.engine.hf.serve.ask import Refused
-from neuroscope_vllm.engine.hf.serve.handlers import ChatHandler, Served, TextHandler, error_body
+from neuroscope_vllm.engine.hf.serve.handlers import (
+    ChatHandler,
+    Served,
+    TextHandler,
+    error_body,
+    names_itself,
+)
 
 ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/health")
 """Of transformers' own; those that load, unload or speak to other models are left out."""
@@ -130,7 +136,7 @@ class _Keys:
 
 
 class _Cancelling:
-    """A request whose client has left is cancelled, streamed or not."""
+    """A request whose client has left is cancelled, streamed or not; and `names_itself` is set."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -139,6 +145,7 @@ class _Cancelling:
         if scope["type"] != "http" or scope["method"] != "POST":
             await self._app(scope, receive, send)
             return
+        names_itself.set(bool(Headers(scope=scope).get("x-request-id")))
         body: list[Message] = []
         while True:
             message = await receive()

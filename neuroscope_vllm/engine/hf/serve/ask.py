@@ -22,7 +22,6 @@ REFUSED = {
     "guided_grammar": "ask for the form in a message",
     "bad_words": "use logit_bias",
     "allowed_token_ids": "use logit_bias",
-    "truncate_prompt_tokens": "shorten the prompt",
     "use_beam_search": "leave it out",
     "prompt_embeds": "send text or token ids",
     "chat_template": "the model's own is used",
@@ -76,12 +75,21 @@ class Ask(msgspec.Struct, frozen=True, kw_only=True):
     spaces_between_special_tokens: bool = True
     prompt_logprobs: int | None = None
     return_token_ids: bool | None = None
+    truncate_prompt_tokens: int | None = None
+    request_id: str | None = None
     response_format: ResponseFormat | None = None
     vllm_xargs: dict[str, Any] | None = None
 
     @property
     def stops(self) -> list[str]:
         return [self.stop] if isinstance(self.stop, str) else list(self.stop or [])
+
+    def truncated(self, prompt: list[int], longest: int) -> list[int]:
+        """Its last tokens, if they are what is asked for; -1: as many as fit."""
+        kept = self.truncate_prompt_tokens
+        if kept is None:
+            return prompt
+        return prompt[max(len(prompt) - (longest - 1 if kept == -1 else kept), 0) :]
 
     @property
     def include_usage(self) -> bool:
@@ -144,7 +152,8 @@ def read(body: Any, kind: type[A]) -> A:
     for name, instead in REFUSED.items():
         if body.get(name):
             raise Refused(f"{name} is not served by the transformers backend; {instead}.", name)
-    given = {name: value for name, value in body.items() if value is not None}
+    # A completion's max_tokens is 16, and null for all there is room for.
+    given = {name: v for name, v in body.items() if v is not None or name == "max_tokens"}
     if unknown := given.keys() - {field.name for field in msgspec.structs.fields(kind)}:
         logger.warning("neuroscope: fields ignored in a request: %s", ", ".join(sorted(unknown)))
     try:
@@ -170,6 +179,7 @@ def _check(ask: ChatAsk | CompletionAsk) -> None:
     _within("repetition_penalty", ask.repetition_penalty, 0)
     _within("logprobs", ask.wanted_logprobs, 0, MOST_LOGPROBS)
     _within("prompt_logprobs", ask.prompt_logprobs, 0, MOST_LOGPROBS)
+    _within("truncate_prompt_tokens", ask.truncate_prompt_tokens, -1)
     if ask.top_p == 0 or ask.repetition_penalty == 0:
         raise Refused("top_p and repetition_penalty must lie above 0.")
     if ask.top_k is not None and ask.top_k < -1:

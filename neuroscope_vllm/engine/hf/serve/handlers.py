@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 from fastapi.responses import JSONResponse, StreamingResponse
@@ -90,8 +91,10 @@ class _Answering:
         self, served: Served, ask: ChatAsk | CompletionAsk, answer_id: str, prompts: list[list[int]]
     ) -> None:
         """Raises Refused before anything runs. `prompts`: token ids."""
-        self.served, self.ask, self.id, self.prompts = served, ask, answer_id, prompts
+        self.served, self.ask, self.id = served, ask, answer_id
         self.created = int(time.time())
+        longest = served.generator.max_model_len
+        self.prompts = prompts = [ask.truncated(prompt, longest) for prompt in prompts]
         steering = served.steering(ask)
         rooms = [served.room(ask, prompt) for prompt in prompts]
         for prompt in prompts:
@@ -182,6 +185,15 @@ class _Choice:
         self.finish_reason, self.stop_reason = piece.finish_reason, piece.stop_reason
 
 
+names_itself: ContextVar[bool] = ContextVar("names_itself", default=False)
+"""Whether the request's client sent an X-Request-Id."""
+
+
+def named(ask: Ask, request_id: str) -> str:
+    """The header's name, then the body's, then the one that transformers made."""
+    return ask.request_id if ask.request_id and not names_itself.get() else request_id
+
+
 class ChatHandler(ChatCompletionHandler):
     """/v1/chat/completions."""
 
@@ -194,7 +206,7 @@ class ChatHandler(ChatCompletionHandler):
         self._served.check_model(ask)
         prompt = await asyncio.to_thread(self._prompt, ask)
         return await answered(
-            _Answering(self._served, ask, f"chatcmpl-{request_id}", [prompt]),
+            _Answering(self._served, ask, f"chatcmpl-{named(ask, request_id)}", [prompt]),
             "chat.completion",
         )
 
@@ -228,7 +240,8 @@ class TextHandler(CompletionHandler):
         self._served.check_model(ask)
         prompts = [self._ids(one, ask) for one in ask.prompts]
         return await answered(
-            _Answering(self._served, ask, f"cmpl-{request_id}", prompts), "text_completion"
+            _Answering(self._served, ask, f"cmpl-{named(ask, request_id)}", prompts),
+            "text_completion",
         )
 
     def _ids(self, prompt: str | list[int], ask: CompletionAsk) -> list[int]:
