@@ -190,7 +190,7 @@ def _loop(model: str, source: str, layer: int, dtype: str) -> Any:
 
 def _chunks(model: str, corpus: Corpus) -> list[list[list[int]]]:
     from neuroscope_vllm.core.corpus import samples
-    from neuroscope_vllm.engine.hf.oracle import load_tokenizer
+    from neuroscope_vllm.engine.hf.loading import load_tokenizer
 
     found = samples(corpus, load_tokenizer(model))
     return list(iter(lambda: list(itertools.islice(found, CHUNK)), []))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from neuroscope_vllm.cli.demo import demo_model, demo_sae
-from neuroscope_vllm.cli.options import settings_from
+from neuroscope_vllm.cli.options import backend_flags, check_device, settings_from
 from neuroscope_vllm.cli.supervise import console
 
 if TYPE_CHECKING:
@@ -35,13 +35,7 @@ _FLAGS = [
     click.argument("model", required=False),
     click.argument("vllm_flags", nargs=-1, type=click.UNPROCESSED),
     *_SAE_FLAGS,
-    click.option(
-        "--backend",
-        type=click.Choice(["vllm", "transformers"]),
-        default="vllm",
-        show_default=True,
-        help="What runs the model.",
-    ),
+    backend_flags,
     click.option(
         "--ray",
         is_flag=False,
@@ -79,6 +73,8 @@ def open_engine(
     *,
     ray: str | None = None,
     workers: int | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
     **flags: Any,
 ) -> Engine:
     """The engine that the options ask for; without MODEL the embedded demo.
@@ -86,6 +82,7 @@ def open_engine(
     Args:
         ray: Address of a Ray cluster, or HERE; None: one engine, in this process.
         workers: How many engines on Ray.
+        device, dtype: For transformers.
 
     Raises click.ClickException and NeuroscopeError, one sentence each.
     """
@@ -93,15 +90,16 @@ def open_engine(
         console.print("no MODEL given: the embedded demo")
     if backend == "transformers" and vllm_flags:
         raise click.UsageError(f"{vllm_flags[0]} is for vLLM, not for transformers.")
+    check_device(backend, device, dtype)
     if workers and ray is None:
         raise click.UsageError("--workers is for --ray; give both, or leave it out.")
     model, settings = chosen(model or DEMO, flags)
+    asked = engine_spec(model, settings, backend, max_tokens, vllm_flags, device, dtype)
     if ray is None:
-        return start_engine(model, settings, backend, max_tokens, vllm_flags)
+        return start_engine(asked)
 
     from neuroscope_vllm.engine.ray_engines import RayEngines
 
-    asked = _spec(model, settings, backend, max_tokens, vllm_flags)
     with console.status("starting the Ray workers"):
         return RayEngines(asked, address=ray or None, workers=workers)
 
@@ -135,28 +133,21 @@ def located(model: str) -> str:
     return model
 
 
-def start_engine(
+def start_engine(asked: EngineSpec) -> Engine:
+    """Raises NeuroscopeError, one sentence."""
+    here = asked.backend == "transformers"
+    with console.status("loading the model and the SAE" if here else "starting vLLM"):
+        return asked.open()
+
+
+def engine_spec(
     model: str,
     settings: Settings,
     backend: str,
     max_tokens: int | None = None,
     vllm_flags: Sequence[str] = (),
-) -> Engine:
-    """An engine on `backend`, vllm or transformers.
-
-    Raises click.ClickException and NeuroscopeError, one sentence each.
-    """
-    doing = "loading the model and the SAE" if backend == "transformers" else "starting vLLM"
-    with console.status(doing):
-        return _spec(model, settings, backend, max_tokens, vllm_flags).open()
-
-
-def _spec(
-    model: str,
-    settings: Settings,
-    backend: str,
-    max_tokens: int | None,
-    vllm_flags: Sequence[str],
+    device: str | None = None,
+    dtype: str | None = None,
 ) -> EngineSpec:
     from neuroscope_vllm.engine.spec import EngineSpec
 
@@ -166,6 +157,8 @@ def _spec(
         backend="transformers" if backend == "transformers" else "vllm",
         max_tokens=max_tokens,
         vllm_flags=tuple(vllm_flags),
+        device=device or "auto",
+        dtype=dtype or "auto",
     )
 
 

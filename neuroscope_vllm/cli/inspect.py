@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from neuroscope_vllm.cli.engines import sae_flags
+from neuroscope_vllm.cli.options import device_flags
 from neuroscope_vllm.core.errors import NeuroscopeError
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ position, null on special tokens and sinks.
     type=click.Choice(["transformers", "vllm"]),
     help="What runs --model (transformers, if it is installed).",
 )
+@device_flags
 @click.option("--top-k", type=click.IntRange(1), help="Features per token (8, or as served).")
 @click.option(
     "--feature",
@@ -94,7 +96,7 @@ def _check_usage(context: click.Context, options: dict[str, Any]) -> None:
     from click.core import ParameterSource
 
     if options["model"] is None:
-        for name in ("sae", "sae_input", "config", "backend"):
+        for name in ("sae", "sae_input", "config", "backend", "device", "dtype"):
             if options[name]:
                 flag = name.replace("_", "-")
                 raise click.UsageError(f"--{flag} is for --model; a server has its own.")

@@ -14,7 +14,8 @@ import click
 import httpx
 import msgspec
 
-from neuroscope_vllm.cli.engines import chosen, start_engine
+from neuroscope_vllm.cli.engines import chosen, engine_spec, start_engine
+from neuroscope_vllm.cli.options import check_device
 from neuroscope_vllm.cli.storm import CONNECT_TIMEOUT_S, READ_TIMEOUT_S, VerifyError, refusal
 from neuroscope_vllm.cli.tokenized import prompt_ids, token_texts
 from neuroscope_vllm.cli.verify import ask_server
@@ -194,7 +195,7 @@ class Offline:
         Args:
             features: To be tracked on every token.
             everywhere: Whether to tell where the features that are shown fire besides.
-            flags: Settings by name.
+            flags: Settings by name, and device and dtype for transformers.
 
         Raises click.ClickException and NeuroscopeError, one sentence each.
         """
@@ -209,11 +210,14 @@ class Offline:
         from neuroscope_vllm.core.sae.observed import named
 
         self._chat, self._features, self._everywhere = chat, features, everywhere
+        device, dtype = flags.pop("device"), flags.pop("dtype")
         path, settings = chosen(model, flags)
         settings = named(settings, path)
         self._backend = backend or _default_backend()
+        check_device(self._backend, device, dtype)
         self._model = model
-        engine = self._engine = start_engine(path, settings, self._backend)
+        asked = engine_spec(path, settings, self._backend, device=device, dtype=dtype)
+        engine = self._engine = start_engine(asked)
         fast = getattr(engine.tokenizer, "backend_tokenizer", None)
         special = set(special_ids(fast)) or set(engine.tokenizer.all_special_ids)
         labels = label_files(settings, list(engine.sites))

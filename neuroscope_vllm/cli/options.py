@@ -59,14 +59,7 @@ def neuroscope_flags(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-_BACKEND_FLAGS = [
-    click.option(
-        "--backend",
-        type=click.Choice(["vllm", "transformers"]),
-        default="vllm",
-        show_default=True,
-        help="What runs the model; transformers needs no vLLM, and runs on a Mac.",
-    ),
+_DEVICE_FLAGS = [
     click.option(
         "--device",
         type=click.Choice(["auto", "mps", "cuda", "cpu"]),
@@ -78,12 +71,31 @@ _BACKEND_FLAGS = [
         help="For transformers: its precision (auto); vLLM's own goes after the --.",
     ),
 ]
+_BACKEND = click.option(
+    "--backend",
+    type=click.Choice(["vllm", "transformers"]),
+    default="vllm",
+    show_default=True,
+    help="What runs the model; transformers needs no vLLM, and runs on a Mac.",
+)
+
+
+def device_flags(command: Callable[..., Any]) -> Callable[..., Any]:
+    for option in reversed(_DEVICE_FLAGS):
+        command = option(command)
+    return command
 
 
 def backend_flags(command: Callable[..., Any]) -> Callable[..., Any]:
-    for option in reversed(_BACKEND_FLAGS):
-        command = option(command)
-    return command
+    return _BACKEND(device_flags(command))
+
+
+def check_device(backend: str, device: str | None, dtype: str | None) -> None:
+    """Raises click.UsageError if they are given to vLLM."""
+    if backend == "vllm" and device is not None:
+        raise click.UsageError("--device is for --backend transformers; vLLM finds its own.")
+    if backend == "vllm" and dtype is not None:
+        raise click.UsageError("--dtype is for --backend transformers; give vLLM's after the --.")
 
 
 def settings_from(flags: dict[str, Any]) -> Settings:

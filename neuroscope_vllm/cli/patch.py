@@ -12,6 +12,7 @@ import click
 from neuroscope_vllm.cli.drawing import drawable, write
 from neuroscope_vllm.cli.engines import sae_flags
 from neuroscope_vllm.cli.failures import failures
+from neuroscope_vllm.cli.options import check_device, device_flags
 
 if TYPE_CHECKING:
     from neuroscope_vllm.core.patching.record import Patching
@@ -82,8 +83,9 @@ engine and SAEs they are of.
     type=click.Choice(["transformers", "vllm"]),
     default="transformers",
     show_default=True,
-    help="What runs the model; vllm on a GPU too, and faster where prompts are long.",
+    help="What runs the model; vllm is faster where prompts are long.",
 )
+@device_flags
 @click.option(
     "--output",
     "outputs",
@@ -122,6 +124,8 @@ def _run(options: dict[str, Any]) -> Patching:
         name: _numbers(options.pop(name), name) for name in ("layers", "positions", "features")
     }
     model, backend, vllm_flags = (options.pop(name) for name in ("model", "backend", "vllm_flags"))
+    device, dtype = options.pop("device"), options.pop("dtype")
+    check_device(backend, device, dtype)
     flags = {name: options.pop(name) for name in SAE_OPTIONS}
     if backend == "transformers" and vllm_flags:
         raise click.UsageError(f"{vllm_flags[0]} is for vLLM, not for transformers.")
@@ -140,11 +144,11 @@ def _run(options: dict[str, Any]) -> Patching:
         # times as long on a machine that others use too.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-    from neuroscope_vllm.cli.patch_job import PatchOptions, run
+    from neuroscope_vllm.cli.patch_job import EngineOptions, PatchOptions, run
 
-    return run(
-        PatchOptions(**options, **lists, everywhere=everywhere), model, backend, vllm_flags, flags
-    )
+    asked = PatchOptions(**options, **lists, everywhere=everywhere)
+    engine = EngineOptions(backend, tuple(vllm_flags), device or "auto", dtype or "auto")
+    return run(asked, model, engine, flags)
 
 
 def _numbers(given: str | None, name: str) -> list[int] | None:

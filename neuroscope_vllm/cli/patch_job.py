@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 import msgspec
@@ -47,12 +46,17 @@ class PatchOptions(msgspec.Struct, kw_only=True):
     align: bool
 
 
+class EngineOptions(NamedTuple):
+    """What runs it, as in `EngineSpec`."""
+
+    backend: Backend
+    vllm_flags: tuple[str, ...]
+    device: str
+    dtype: str
+
+
 def run(
-    asked: PatchOptions,
-    model: str | None,
-    backend: Backend,
-    vllm_flags: Sequence[str],
-    flags: dict[str, Any],
+    asked: PatchOptions, model: str | None, engine_options: EngineOptions, flags: dict[str, Any]
 ) -> Patching:
     """On an engine of its own.
 
@@ -65,12 +69,12 @@ def run(
         settings = named(settings, path)
     else:
         path, settings = located(model or DEMO), Settings()
-    spec = EngineSpec(model=path, settings=settings, backend=backend, vllm_flags=tuple(vllm_flags))
+    spec = EngineSpec(model=path, settings=settings, **engine_options._asdict())
     with console.status("loading the model"):
         engine = spec.open_patching()
     with contextlib.closing(engine):
         saes = _load_saes(settings, engine)
-        return _run(asked, engine, settings, saes, model or DEMO, backend)
+        return _run(asked, engine, settings, saes, model or DEMO, engine_options.backend)
 
 
 def _run(

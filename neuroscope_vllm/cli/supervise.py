@@ -24,6 +24,7 @@ import click
 from msgspec.json import encode
 from rich.console import Console
 
+from neuroscope_vllm.cli.options import check_device
 from neuroscope_vllm.core.config import Settings, settings_dict, without_settings
 from neuroscope_vllm.core.launch import url_host
 from neuroscope_vllm.engine.hf.serve.spec import ServeSpec
@@ -72,10 +73,7 @@ def server_command(
     """The command line of the server on `backend`. `flags`: what stands after the --."""
     if backend == "transformers":
         return _transformers_command(model, port, settings, device, dtype, flags)
-    for name, given in (("--device", device), ("--dtype", dtype)):
-        if given is not None:
-            instead = "vLLM finds its own" if name == "--device" else "give it after the --"
-            raise click.UsageError(f"{name} is for --backend transformers; {instead}.")
+    check_device(backend, device, dtype)
     return vllm_command(model, port, settings, flags)
 
 

@@ -27,6 +27,7 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
         backend: What runs the model.
         max_tokens: Longest sequence to be run; None: as long as fits.
         vllm_flags: As for `vllm serve`.
+        device, dtype: Of transformers; as `hf.device.place` takes them.
     """
 
     model: str
@@ -34,15 +35,17 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
     backend: Backend = "vllm"
     max_tokens: int | None = None
     vllm_flags: tuple[str, ...] = ()
+    device: str = "auto"
+    dtype: str = "auto"
 
     def open(self) -> Engine:
         """Load it in this process. Raises NeuroscopeError, one sentence."""
         if self.backend == "transformers":
-            _wait_passively()
+            _prepare_torch()
 
             from neuroscope_vllm.engine.hf.engine import HFEngine
 
-            return HFEngine(self.model, self.settings)
+            return HFEngine(self.model, self.settings, self.device, self.dtype)
         with _importing_vllm():
             from neuroscope_vllm.engine.vllm.engine import VLLMEngine
         return VLLMEngine(self.model, self.settings, self.max_tokens, self.vllm_flags)
@@ -50,11 +53,11 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
     def open_patching(self) -> PatchEngine:
         """Load it to be patched; of the settings it needs none. Raises as `open`."""
         if self.backend == "transformers":
-            _wait_passively()
+            _prepare_torch()
 
             from neuroscope_vllm.engine.hf.patch_engine import HFPatchEngine
 
-            return HFPatchEngine(self.model)
+            return HFPatchEngine(self.model, self.device, self.dtype)
         with _importing_vllm():
             from neuroscope_vllm.engine.vllm.patch_engine import VLLMPatchEngine
         return VLLMPatchEngine(self.model, self.max_tokens, self.vllm_flags)
@@ -71,7 +74,10 @@ def _importing_vllm() -> Iterator[None]:
         ) from None
 
 
-def _wait_passively() -> None:
-    """Before torch is loaded: threads that spin while they wait for each other slow a machine that
-    others use too to a sixth."""
+def _prepare_torch() -> None:
+    """Before torch is loaded."""
+    # Threads that spin while they wait for each other slow a machine that others use too to a
+    # sixth.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Where MPS lacks an operation, the CPU does it, and PyTorch says so.
+    os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")

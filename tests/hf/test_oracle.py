@@ -59,7 +59,7 @@ def test_a_context_does_not_depend_on_another(tiny_llama: Path) -> None:
 
 
 def test_a_model_that_can_not_be_had(tmp_path: Path, tiny_llama: Path) -> None:
-    with pytest.raises(ConfigError, match="--model"):
+    with pytest.raises(ConfigError, match="give the folder or hub"):
         Oracle(str(tmp_path), [20])
     with pytest.raises(ConfigError, match="has 26 layers but layer 26"):
         Oracle(str(tiny_llama), [26])

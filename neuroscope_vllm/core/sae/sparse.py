@@ -127,6 +127,8 @@ class Reconstruction:
 
     def add(self, x: Tensor, decoded: Tensor, num_firings: int) -> None:
         """Add rows x [n, d_model] that were already decoded to [n, d_model], on any device."""
+        if x.device.type == "mps":  # which has no float64
+            x, decoded = x.cpu(), decoded.cpu()
         x = x.double()
         self.num_rows += len(x)
         self.num_firings += num_firings

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from neuroscope_vllm.core.errors import ConfigError
 from neuroscope_vllm.engine.hf.hooks import at_layer
-from neuroscope_vllm.engine.hf.oracle import decoder_layers, load_whole
+from neuroscope_vllm.engine.hf.loading import decoder_layers, load_whole
 
 
 class Ablator:

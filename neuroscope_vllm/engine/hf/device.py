@@ -21,10 +21,15 @@ class Placement(NamedTuple):
     dtype: torch.dtype
     note: str | None = None
 
+    def __str__(self) -> str:
+        """As it decides the numbers."""
+        return f"{self.device.type}, {str(self.dtype).removeprefix('torch.')}"
 
-def place(
-    device: Device, dtype: DType, *, checkpoint: torch.dtype | None, model_type: str
-) -> Placement:
+
+ON_CPU = Placement(torch.device("cpu"), torch.float32)
+
+
+def place(device: str, dtype: str, *, checkpoint: torch.dtype | None, model_type: str) -> Placement:
     """Where and how to run a model.
 
     `auto` is CUDA, then MPS, then the CPU, as far as the machine has them; and the checkpoint's own
@@ -55,7 +60,7 @@ def place(
     return Placement(chosen, checkpoint)
 
 
-def _available(device: Device) -> str:
+def _available(device: str) -> str:
     has = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if device == "auto":
         return next(name for name, there in has.items() if there)
@@ -72,7 +77,7 @@ def _built(device: str) -> bool:
     return torch.backends.mps.is_built() if device == "mps" else torch.backends.cuda.is_built()
 
 
-def _asked(dtype: DType, device: torch.device, model_type: str) -> torch.dtype:
+def _asked(dtype: str, device: torch.device, model_type: str) -> torch.dtype:
     if dtype == "float16" and model_type in _FLOAT16_OVERFLOWS:
         raise ConfigError(f"{model_type} overflows in float16; use --dtype bfloat16 or float32.")
     if dtype == "bfloat16" and not _has_bfloat16(device):

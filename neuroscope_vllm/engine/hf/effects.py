@@ -14,7 +14,7 @@ from neuroscope_vllm.core.errors import ConfigError
 from neuroscope_vllm.core.sae.info import check_fits
 from neuroscope_vllm.core.sae.sparse import encode_sparse
 from neuroscope_vllm.engine.hf.hooks import at_layer
-from neuroscope_vllm.engine.hf.oracle import decoder_layers, load_whole
+from neuroscope_vllm.engine.hf.loading import decoder_layers, load_whole
 from neuroscope_vllm.engine.protocol import Chunk
 
 BATCH = 8

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from neuroscope_vllm.core.errors import ConfigError
-from neuroscope_vllm.engine.hf.gguf import quiet_transformers
+from neuroscope_vllm.engine.hf.loading import decoder_layers, load_whole
 
 
 class Oracle:
@@ -79,53 +79,3 @@ class Oracle:
             for handle in handles:
                 handle.remove()
         return found
-
-
-def load_tokenizer(model: str) -> Any:
-    """The tokenizer of a model, a folder or hub id, as transformers reads it."""
-    import transformers
-
-    return transformers.AutoTokenizer.from_pretrained(model)
-
-
-def load_whole(model: str) -> tuple[Any, Any]:
-    """A causal language model, float32 on the CPU with eager attention, and its tokenizer.
-
-    Raises:
-        ConfigError: transformers is not installed, or the model can not be loaded.
-    """
-    try:
-        import transformers
-    except ImportError:
-        raise ConfigError(
-            "running a model here needs transformers, which is not installed;"
-            " pip install 'neuroscope-vllm[hf]'."
-        ) from None
-    try:
-        with quiet_transformers():
-            whole = transformers.AutoModelForCausalLM.from_pretrained(
-                model,
-                dtype=torch.float32,
-                # Others leave out Gemma 2's soft capping.
-                attn_implementation="eager",
-            )
-            tokenizer = load_tokenizer(model)
-    # What a broken folder raises is not documented, and differs by what is broken.
-    except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise ConfigError(
-            f"model {model} can not be loaded with transformers ({reason}); give the folder or hub"
-            " id of one with --model."
-        ) from error
-    return whole.eval(), tokenizer
-
-
-def decoder_layers(whole: Any, model: str) -> nn.ModuleList:
-    """Raises ConfigError: they are not where Llama and Gemma have them."""
-    layers = getattr(whole.get_decoder(), "layers", None)
-    if not isinstance(layers, nn.ModuleList):
-        raise ConfigError(
-            f"model {model} ({type(whole).__name__}) keeps its decoder layers where they are not"
-            " found; verify a Llama or Gemma model."
-        )
-    return layers

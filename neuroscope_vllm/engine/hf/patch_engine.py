@@ -1,4 +1,4 @@
-"""transformers as a `PatchEngine`: in float32 on the CPU, many sequences at once."""
+"""transformers as a `PatchEngine`: many sequences at once, on any device."""
 
 from __future__ import annotations
 
@@ -13,33 +13,37 @@ from torch import Tensor
 from neuroscope_vllm.core.artefacts import model_files
 from neuroscope_vllm.core.patching.align import common_start
 from neuroscope_vllm.core.patching.swap import Replacement
+from neuroscope_vllm.engine.hf.batches import fitting, padded
 from neuroscope_vllm.engine.hf.hooks import Replace, at_layer
-from neuroscope_vllm.engine.hf.oracle import decoder_layers, load_whole
+from neuroscope_vllm.engine.hf.loading import decoder_layers, load_whole, placed
 from neuroscope_vllm.engine.protocol import Chunk
-
-BATCH_TOKENS = 2048
-"""Tokens that run at once, those that fill up shorter sequences included."""
 
 
 class HFPatchEngine:
     """See `engine.protocol.PatchEngine`."""
 
-    def __init__(self, model: str) -> None:
+    def __init__(self, model: str, device: str = "auto", dtype: str = "auto") -> None:
         """
         Args:
             model: Folder or hub id.
+            device, dtype: As `device.place` takes them.
 
         Raises:
             ConfigError: transformers is not installed, or the model can not be loaded.
+            EngineError: The device has no room for it.
         """
-        self._model, self.tokenizer = load_whole(model)
+        placement = placed(model, device, dtype)
+        self._device = placement.device
+        self._model, self.tokenizer = load_whole(model, placement)
 
         import transformers  # load_whole says so where it is not installed
 
         self._layers = decoder_layers(self._model, model)
         config = self._model.get_decoder().config
         self.model = model
-        self.identity = f"transformers {transformers.__version__}, float32, {model_files(model)}"
+        self.identity = (
+            f"transformers {transformers.__version__}, {placement}, {model_files(model)}"
+        )
         self.num_layers = len(self._layers)
         self.d_model: int = config.hidden_size
         self.max_tokens: int = config.max_position_embeddings
@@ -65,11 +69,11 @@ class HFPatchEngine:
         order = sorted(range(len(sequences)), key=lambda i: first[i])
         at = 0
         while at < len(order):
-            batch = _fitting(order[at:], sequences)
+            batch = fitting(order[at:], sequences)
             at += len(batch)
             shared = _shared([sequences[i] for i in batch], min(first[i] for i in batch))
             logits = self._batch([sequences[i] for i in batch], [edits[i] for i in batch], shared)
-            found[batch] = logits.float().log_softmax(dim=1)[:, list(tokens)]
+            found[batch] = logits.float().log_softmax(dim=1)[:, list(tokens)].cpu()
         return found
 
     def close(self) -> None:
@@ -85,22 +89,20 @@ class HFPatchEngine:
             cache = self._decode(start, None, use_cache=True)
             cache.batch_repeat_interleave(len(sequences))
         rests = [list(sequence[shared:]) for sequence in sequences]
-        longest = max(map(len, rests))
-        # What fills up a sequence comes after it, where causal attention never looks from before.
-        ids = torch.tensor([[*rest, *[0] * (longest - len(rest))] for rest in rests])
+        ids, _ = padded(rests)
         with self._at(_replacing(edits, shared)):
             ends = torch.tensor([len(rest) - 1 for rest in rests])
             kept, which = ends.unique(return_inverse=True)
             out = self._model(
-                input_ids=ids,
+                input_ids=ids.to(self._device),
                 past_key_values=cache,
                 use_cache=cache is not None,
-                logits_to_keep=kept,
+                logits_to_keep=kept.to(self._device),
             )
         return out.logits[torch.arange(len(rests)), which]
 
     def _decode(self, ids: Tensor, cache: Any, use_cache: bool = False) -> Any:
-        decoder = self._model.get_decoder()
+        decoder, ids = self._model.get_decoder(), ids.to(self._device)
         return decoder(input_ids=ids, past_key_values=cache, use_cache=use_cache).past_key_values
 
     def _at(self, replace: dict[int, Replace]) -> contextlib.ExitStack:
@@ -111,19 +113,7 @@ class HFPatchEngine:
 
 
 def _keep(rows: dict[int, Tensor], layer: int, hidden: Tensor) -> None:
-    rows[layer] = hidden[0].float()
-
-
-def _fitting(order: Sequence[int], sequences: Chunk) -> list[int]:
-    """The first ones that run together, at least one."""
-    found: list[int] = []
-    longest = 0
-    for i in order:
-        longest = max(longest, len(sequences[i]))
-        if found and longest * (len(found) + 1) > BATCH_TOKENS:
-            break
-        found.append(i)
-    return found
+    rows[layer] = hidden[0].float().cpu()
 
 
 def _shared(sequences: Chunk, first_edit: int) -> int:
@@ -143,7 +133,7 @@ def _replacing(edits: Sequence[Sequence[Replacement]], shared: int) -> dict[int,
 
     def replace(which: list[int], where: list[int], residual: Tensor, hidden: Tensor) -> Tensor:
         new = hidden.clone()
-        new[which, where] = residual.to(hidden.dtype)
+        new[which, where] = residual.to(hidden)
         return new
 
     found: dict[int, Replace] = {}

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from neuroscope_vllm.core.errors import ConfigError
-from neuroscope_vllm.engine.hf.oracle import decoder_layers, load_whole
+from neuroscope_vllm.engine.hf.loading import decoder_layers, load_whole
 from neuroscope_vllm.engine.protocol import Chunk
 
 BATCH = 8

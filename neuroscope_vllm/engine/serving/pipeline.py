@@ -243,8 +243,8 @@ def _microseconds_since(began: float) -> int:
 
 
 def _to_host(packed: Tensor) -> Tensor:
-    if packed.device.type == "cpu":
-        return packed
+    if packed.device.type != "cuda":
+        return packed.cpu()
     host = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)
     host.copy_(packed, non_blocking=True)
     # Waiting here, on our own thread and with the GIL released, holds up nobody.

@@ -122,7 +122,8 @@ class BuiltSite:
     """A site in a worker.
 
     Attributes:
-        encoder: On the rows' device.
+        device: Where rows are encoded.
+        encoder: On that device.
         probe: For the self-test.
         wire: What readers are told of it.
     """
@@ -137,6 +138,7 @@ class BuiltSite:
         dtype: torch.dtype,
     ) -> None:
         """`device`, `dtype`: of the layer's residuals; `sae`: on the CPU, see `load`."""
+        self.device = device
         calibration = site.load_calibration()
         ranking = settings.ranking_of(calibration is not None)
         placed = sae.to(device)

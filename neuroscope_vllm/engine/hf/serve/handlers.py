@@ -32,17 +32,19 @@ AHEAD_HEADER = "X-Queue-Ahead"
 class Served:
     """What both kinds of requests are answered from."""
 
-    def __init__(
-        self, generator: Generator, catalogue: Catalogue, name: str, manager: ModelManager
-    ) -> None:
+    def __init__(self, generator: Generator, catalogue: Catalogue, name: str) -> None:
         """`name`: the model's, as clients know it."""
         self.generator, self.catalogue, self.name = generator, catalogue, name
-        self.manager = manager
+        # It loads nothing: there is one model, and it is loaded.
+        self.manager = ModelManager(device="cpu", attn_implementation="eager")
         self.state = GenerationState()
         self.created = int(time.time())
 
     def steering(self, ask: Ask) -> Steering | None:
         """Raises Refused: It asks for what can not be done."""
+        for name in ask.vllm_xargs or ():
+            if name.startswith(f"{KEY}_"):  # as vLLM's engine notes things for itself
+                raise Refused(f"vllm_xargs.{name} is reserved; leave it out.", "vllm_xargs")
         try:
             return settle(request_options(ask.vllm_xargs), self.catalogue)
         except SteeringRefused as refusal:

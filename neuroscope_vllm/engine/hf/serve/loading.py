@@ -9,18 +9,13 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoConfig
-from transformers.cli.serving.model_manager import ModelManager
-
 from neuroscope_vllm.core import wire
 from neuroscope_vllm.core.errors import ConfigError, EngineError
 from neuroscope_vllm.core.sae.observed import named
 from neuroscope_vllm.core.sender import Sender
 from neuroscope_vllm.core.steering.catalogue import Operator
-from neuroscope_vllm.engine.hf.device import Placement, is_out_of_memory, place
-from neuroscope_vllm.engine.hf.gguf import quiet_transformers
-from neuroscope_vllm.engine.hf.oracle import decoder_layers
+from neuroscope_vllm.engine.hf.device import Placement
+from neuroscope_vllm.engine.hf.loading import decoder_layers, load_config, load_whole, placed
 from neuroscope_vllm.engine.hf.serve.generation import Generator
 from neuroscope_vllm.engine.hf.serve.handlers import Served
 from neuroscope_vllm.engine.hf.serve.spec import ServeSpec
@@ -35,16 +30,11 @@ logger = logging.getLogger(__name__)
 
 def load(spec: ServeSpec) -> Loaded:
     """Raises ConfigError, SAEError, EngineError: one sentence says what does not fit."""
-    config = _config(spec.model)
-    placement = place(
-        spec.device,  # pyright: ignore[reportArgumentType]  # checked there
-        spec.dtype,  # pyright: ignore[reportArgumentType]
-        checkpoint=config.dtype if isinstance(config.dtype, torch.dtype) else None,
-        model_type=config.model_type,
+    return Loaded(
+        spec,
+        load_config(spec.model).get_text_config(),
+        placed(spec.model, spec.device, spec.dtype),
     )
-    if placement.note:
-        logger.warning("neuroscope: %s", placement.note)
-    return Loaded(spec, config.get_text_config(), placement)
 
 
 class Loaded:
@@ -65,15 +55,8 @@ class Loaded:
         self._placement = placement
         dtype = str(placement.dtype).removeprefix("torch.")
         logger.info("neuroscope: loading %s on %s in %s", spec.model, placement.device, dtype)
-        self._manager = ModelManager(
-            device=str(placement.device),
-            dtype=dtype,
-            attn_implementation="eager",  # others leave out Gemma 2's soft capping
-            model_timeout=-1,
-        )
-        self._whole, processor = _loading(self._manager, spec.model)
+        self._whole, self._tokenizer = load_whole(spec.model, placement)
         decoder_layers(self._whole, spec.model)
-        self._tokenizer = getattr(processor, "tokenizer", processor)
 
     @property
     def layers_in_order(self) -> list[int]:
@@ -144,7 +127,7 @@ class Loaded:
         for one in (sender, log.sender):
             one.start()
             atexit.register(one.close)
-        return Served(generator, self._catalogue, self._spec.name, self._manager)
+        return Served(generator, self._catalogue, self._spec.name)
 
     def _test(self, watch: ModelWatch, state: dict[str, Any]) -> None:
         most = min(MAX_TOKENS, self._max_model_len)
@@ -156,36 +139,8 @@ class Loaded:
         doubts = [one.warning for one in results if one.warning]
         for doubt in doubts:
             logger.warning("neuroscope: %s", doubt)
-        state["warnings"] = doubts + ([self._placement.note] if self._placement.note else [])
-
-
-def _config(model: str) -> Any:
-    try:
-        return AutoConfig.from_pretrained(model)
-    except Exception as error:  # not documented, and differs by what is broken
-        raise _not_loaded(model, error) from error
-
-
-def _loading(manager: ModelManager, model: str) -> tuple[Any, Any]:
-    try:
-        with quiet_transformers():
-            return manager.load_model_and_processor(manager.process_model_name(model))
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise EngineError(
-                f"model {model} does not fit {manager.device}'s memory in"
-                f" {str(manager.dtype).removeprefix('torch.')}; use --dtype bfloat16, or a smaller"
-                " model."
-            ) from error
-        raise _not_loaded(model, error) from error
-
-
-def _not_loaded(model: str, error: Exception) -> ConfigError:
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-    return ConfigError(
-        f"model {model} can not be loaded with transformers ({reason}); give the folder or hub id"
-        " of one."
-    )
+        notes = (self._placement.note, watch.note)
+        state["warnings"] = [*doubts, *(note for note in notes if note)]
 
 
 def _context(asked: int | None, made_for: int) -> int:

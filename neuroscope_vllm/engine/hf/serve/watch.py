@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,10 +14,11 @@ from torch import Tensor, nn
 
 from neuroscope_vllm.core import wire
 from neuroscope_vllm.core.config import Settings
+from neuroscope_vllm.core.sae.sae import SAE
 from neuroscope_vllm.core.steering.catalogue import Operator
 from neuroscope_vllm.core.steering.settled import Steering
 from neuroscope_vllm.engine.hf.hooks import at_layer
-from neuroscope_vllm.engine.hf.oracle import decoder_layers
+from neuroscope_vllm.engine.hf.loading import decoder_layers
 from neuroscope_vllm.engine.serving.pipeline import EncodePipeline
 from neuroscope_vllm.engine.serving.self_test import verdict
 from neuroscope_vllm.engine.serving.sites import BuiltSite, SiteSettings, load
@@ -23,6 +26,8 @@ from neuroscope_vllm.engine.serving.steer_rows import steer
 from neuroscope_vllm.engine.serving.steer_tables import SteerTables
 from neuroscope_vllm.engine.serving.steerer import Steerer
 from neuroscope_vllm.engine.serving.step import StepView
+
+logger = logging.getLogger(__name__)
 
 LENT_ROWS = 4096
 """Rows on CUDA that may wait for the encoder before some are dropped."""
@@ -32,6 +37,7 @@ class ModelWatch:
     """Edits and encodes the rows of the sequence that runs; of none, the model is as without.
 
     Attributes:
+        note: What readers should know of where rows are encoded, if anything.
         position: Of the next row: how many of the sequence have run.
         logits: [n, vocabulary] of the last forward pass, raw, if they are wanted.
     """
@@ -59,17 +65,10 @@ class ModelWatch:
         layers = decoder_layers(whole, model)
         saes = {site.layer: load(site, settings) for site in sites}
         weights = {layer: next(layers[layer].parameters()) for layer in saes}
-        self.built = [
-            BuiltSite(
-                site,
-                saes[site.layer],
-                settings,
-                device=weights[site.layer].device,
-                dtype=weights[site.layer].dtype,
-            )
-            for site in sites
-        ]
+        dtypes = {layer: weight.dtype for layer, weight in weights.items()}
         self._device = next(iter(weights.values())).device
+        self.note: str | None = None
+        self.built, self._encode_on = self._build(sites, saes, settings, dtypes)
         with torch.device(
             "cpu"
         ):  # small numbers, which a device would be asked for again and again
@@ -88,7 +87,7 @@ class ModelWatch:
             send,
             engine,
             num_layers=len(self.built),
-            device=self._device,
+            device=self._encode_on,
             max_pending_rows=LENT_ROWS + max_rows,
             stop=stop,
         )
@@ -109,6 +108,39 @@ class ModelWatch:
         for site in self.built:
             layer = site.probe.layer
             layers[layer].register_forward_hook(functools.partial(self._at, layer))
+
+    def _build(
+        self,
+        sites: Sequence[SiteSettings],
+        saes: dict[int, SAE],
+        settings: Settings,
+        dtypes: dict[int, torch.dtype],
+    ) -> tuple[list[BuiltSite], torch.device]:
+        """The sites, and where their rows are encoded: beside the layer, or on the CPU where the
+        device can not do it as the CPU does."""
+
+        def on(device: torch.device) -> list[BuiltSite]:
+            return [
+                BuiltSite(site, saes[site.layer], settings, device=device, dtype=dtypes[site.layer])
+                for site in sites
+            ]
+
+        on_cpu = torch.device("cpu")
+        if self._device == on_cpu:
+            return on(on_cpu), on_cpu
+        why = "gives other features than the CPU"
+        try:
+            built = on(self._device)
+            if all(map(_encodes_alike, built, on(on_cpu))):
+                return built, self._device
+        except (RuntimeError, TypeError) as error:  # an operation, or a dtype, that it has not
+            why = f"can not encode ({str(error).splitlines()[0]})"
+        self.note = (
+            f"the {self._device.type} device {why}: features are encoded on the CPU, which is"
+            " slower. A newer PyTorch may do."
+        )
+        logger.warning("neuroscope: %s", self.note)
+        return on(on_cpu), on_cpu
 
     @contextmanager
     def sequence(
@@ -188,6 +220,31 @@ class ModelWatch:
             return
         self._step = None
         found = self.steerer.found(step, self._rows.__getitem__)
-        self.pipeline.submit(step, [self._rows[s.probe.layer] for s in self.built], found)
+        if self._encode_on != self._device:
+            step = replace(
+                step,
+                positions=step.positions.to(self._encode_on),
+                token_ids=step.token_ids.to(self._encode_on),
+            )
+        rows = [self._rows[site.probe.layer].to(self._encode_on) for site in self.built]
+        self.pipeline.submit(step, rows, found)
         self.steerer.ran()
         self.position += step.num_rows
+
+
+TRIED_ROWS = 16
+
+
+def _encodes_alike(site: BuiltSite, on_cpu: BuiltSite) -> bool:
+    """Whether the best features of rows that look like residuals are those of the CPU."""
+    sae = on_cpu.probe.sae
+    draw = torch.Generator().manual_seed(0)
+    some = torch.randint(sae.width, (TRIED_ROWS, 8), generator=draw)
+    scale = 2 * sae.threshold[some].clamp(min=1.0)
+    rows = (scale[..., None] * sae.W_dec[some]).sum(1) + sae.b_dec
+    theirs = site.encoder.encode(rows.to(site.device)).cpu()
+    packed = on_cpu.encoder.encode(rows)
+    k = site.encoder.topk.k
+    alike = (theirs[:, :k] == packed[:, :k]).float().mean() > 0.9  # ties apart
+    values = theirs[:, k : 2 * k].view(torch.float32), packed[:, k : 2 * k].view(torch.float32)
+    return bool(alike) and torch.allclose(*values, rtol=1e-2, atol=1e-2)
