@@ -26,8 +26,7 @@ class Rows(NamedTuple):
     """Rows of one layer, of one or more sequences, in any order.
 
     Attributes:
-        sequence: int64 [n], number of the sequence, on the CPU. Ascends in the order of a run, from
-            any number.
+        sequence: int64 [n], number of the sequence in the run, from 0, on the CPU.
         position: int64 [n], likewise.
         token_id: int64 [n], likewise.
         residual: [n, d_model], any float dtype, on the engine's device.

@@ -89,7 +89,12 @@ class VLLMEngine:
         once = SamplingParams(max_tokens=1, temperature=0.0, detokenize=False)
         try:
             self._llm.collective_rpc(BEGIN_RPC, args=(msgspec.msgpack.encode(what),))
-            self._llm.generate(prompts, once, use_tqdm=False)
+            # All wait before the first runs: else batches, and with them roundings, depended on how
+            # fast they come.
+            self._llm.sleep(level=0)
+            self._llm.enqueue(prompts, once, use_tqdm=False)
+            self._llm.wake_up(tags=["scheduling"])
+            self._llm.wait_for_completion(use_tqdm=False)
             results = self._llm.collective_rpc(END_RPC)
         except NeuroscopeError:
             raise

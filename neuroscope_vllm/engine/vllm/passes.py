@@ -30,7 +30,8 @@ class Site:
 class PassRunner:
     """Feeds the gatherers of one pass at a time.
 
-    Sequences are requests whose ids begin with their number, as `vllm.LLM` numbers them.
+    Sequences are requests whose ids begin with their number, as `vllm.LLM` numbers them through;
+    the first of a pass is in its first step.
     """
 
     def __init__(self, sites: list[Site]) -> None:
@@ -38,10 +39,11 @@ class PassRunner:
         self._gatherers: list[Gatherer] = []
         self._next: dict[str, int] = {}  # position up to which a request's rows were seen
         self._num_rows = 0
+        self._first: int | None = None  # number of the pass's first sequence
 
     def begin(self, what: bytes) -> None:
         decoded = msgspec.msgpack.decode(what, type=Pass)
-        self._next, self._num_rows = {}, 0
+        self._next, self._num_rows, self._first = {}, 0, None
         self._gatherers = [decoded.gather(site.layer, site.sae) for site in self._sites]
 
     @torch.inference_mode()
@@ -51,12 +53,15 @@ class PassRunner:
         positions, token_ids = step.positions.cpu().long(), step.token_ids.cpu().long()
         sequence = torch.empty_like(positions)
         new = torch.zeros_like(positions, dtype=torch.bool)
+        numbers = [int(request_id.partition("-")[0]) for request_id in step.request_ids]
+        if self._first is None:
+            self._first = min(numbers)
         for i, request_id in enumerate(step.request_ids):
             start, stop = step.row_starts[i], step.row_starts[i + 1]
             # A preempted request runs its rows again.
             seen = self._next.get(request_id, 0)
             new[start:stop] = positions[start:stop] >= seen
-            sequence[start:stop] = int(request_id.partition("-")[0])
+            sequence[start:stop] = numbers[i] - self._first
             self._next[request_id] = max(seen, int(positions[stop - 1]) + 1)
         self._num_rows += int(new.sum())
         for site, gatherer in zip(self._sites, self._gatherers, strict=True):
