@@ -1,0 +1,273 @@
+"""What is around the answers of the server on transformers: keys, origins, queue, faults, ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.support.served import Served, bin_path, environment, free_port, start_transformers
+from tests.vllm.shapes.asking import CHAT, COMPLETION, Api
+
+LONG = {"prompt": "x", "max_tokens": 400, "ignore_eos": True}
+SHORT = {"prompt": "y", "max_tokens": 2}
+KEY = "a-key"
+
+
+def until(condition: Any, timeout: float = 30) -> Any:
+    deadline = time.monotonic() + timeout
+    while not (found := condition()):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return found
+
+
+def queue(api: Api) -> list[str]:
+    return httpx.get(f"{api.served.chat}/load").json()["queue"]
+
+
+def test_who_waits_is_told_how_many_are_before_it(api: Api) -> None:
+    with ThreadPoolExecutor(3) as pool:
+        first = pool.submit(api.post, COMPLETION, LONG, "first", timeout=120)
+        until(lambda: queue(api))
+        second = pool.submit(api.post, COMPLETION, SHORT, "second", timeout=120)
+        until(lambda: len(queue(api)) == 2)
+        url, lines = f"{api.served.chat}{COMPLETION}", []
+        body = {"model": "tiny", **SHORT, "stream": True}
+        with httpx.stream("POST", url, json=body, timeout=120) as third:
+            assert third.headers["x-queue-ahead"] == "2"
+            assert [name[: name.index("-", 5)] for name in queue(api)[:2]] == [
+                "cmpl-first",
+                "cmpl-second",
+            ]
+            lines = list(third.iter_lines())
+        assert lines[0] == ": queued, 2 before this request"
+        assert first.result().json()["usage"]["completion_tokens"] == 400
+        assert second.result().headers["x-queue-ahead"] == "1"
+    assert lines[-2] == "data: [DONE]"
+    assert queue(api) == []
+
+
+def test_who_leaves_while_it_waits_is_not_run(api: Api) -> None:
+    with ThreadPoolExecutor(2) as pool:
+        running = pool.submit(api.post, COMPLETION, LONG, "runs", timeout=120)
+        until(lambda: queue(api))
+        with pytest.raises(httpx.ReadTimeout):
+            api.post(COMPLETION, SHORT, "leaves", timeout=0.3)
+        until(lambda: len(queue(api)) == 1)
+        assert running.result().status_code == 200
+    (trace,) = api.served.trace("cmpl-leaves")
+    done = trace["events"][-1]
+    assert (done["finish_reason"], done["completion_tokens"]) == ("abort", 0)
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "param"),
+    [
+        (CHAT, {"messages": []}, 400, "messages"),
+        (CHAT, {"messages": [{"content": "x"}]}, 400, "messages"),
+        (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400,
+         "messages"),
+        (CHAT, {"messages": [{"role": "user", "content": "x"}], "tools": [{}]}, 400, "tools"),
+        (COMPLETION, {"prompt": "x", "model": "other"}, 404, "model"),
+        (COMPLETION, {"prompt": "x", "n": 2, "temperature": 0}, 400, "n"),
+        (COMPLETION, {"prompt": "x", "max_tokens": "many"}, 400, "max_tokens"),
+        (COMPLETION, {"prompt": [1, "x"]}, 400, "prompt"),
+        (COMPLETION, {"prompt": "x", "logprobs": 99}, 400, "logprobs"),
+        (COMPLETION, {"prompt": "x", "logit_bias": {"a": 1}}, 400, "logit_bias"),
+        (COMPLETION, {"prompt": "x", "response_format": {"type": "json_object"}}, 400,
+         "response_format"),
+        (COMPLETION, {"prompt": "x", "vllm_xargs": {"neuroscope": "{"}}, 400, "vllm_xargs"),
+        (COMPLETION, {"prompt": "x", "vllm_xargs": {"steer": 1}}, 400, "vllm_xargs"),
+    ],
+)  # fmt: skip
+def test_what_can_not_be_done_is_refused_by_name(
+    api: Api, path: str, body: dict[str, Any], status: int, param: str
+) -> None:
+    answer = api.post(path, body, timeout=30)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"], error["param"]) == (status, status, param)
+    assert error["message"]
+
+
+def test_a_body_that_is_no_object(api: Api) -> None:
+    for content in (b"", b"{", b"[]", b"\xff", b"3"):
+        answer = httpx.post(
+            f"{api.served.chat}{CHAT}",
+            content=content,
+            headers={"content-type": "application/json"},
+        )
+        assert (answer.status_code, answer.json()["error"]["code"]) == (400, 400)
+
+
+def test_what_is_not_served_says_what_is(api: Api) -> None:
+    for path in ("/v1/responses", "/load_model", "/reset", "/v1/audio/transcriptions"):
+        answer = httpx.post(f"{api.served.chat}{path}", json={})
+        assert (answer.status_code, CHAT in answer.json()["error"]["message"]) == (404, True)
+    (model,) = httpx.get(f"{api.served.chat}/v1/models").json()["data"]
+    assert (model["id"], model["max_model_len"]) == ("tiny", 1024)
+    assert httpx.get(f"{api.served.chat}/health").status_code == 200
+
+
+def test_a_seed_is_the_same_answer_again_and_none_is_not(api: Api) -> None:
+    drawn = {"prompt": "once", "max_tokens": 24, "temperature": 1.0}
+
+    def text(**more: Any) -> str:
+        return api.post(COMPLETION, {**drawn, **more}, timeout=60).json()["choices"][0]["text"]
+
+    assert text(seed=5) == text(seed=5) != text(seed=6)
+    assert text() != text()
+
+
+# Servers of their own
+
+
+@pytest.fixture(scope="module")
+def guarded(
+    tiny_llama: Path, tiny_sae: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Served]:
+    server = start_transformers(
+        tiny_llama,
+        tiny_sae,
+        tmp_path_factory.mktemp("guarded") / "log",
+        server_flags=("--served-model-name", "tiny", "--api-key", KEY, "--max-model-len", "512",
+                      "--allowed-origins", '["http://page.example"]'),
+        env={"PYTHONPATH": str(Path(__file__).parents[2] / "support" / "no_room")},
+    )  # fmt: skip
+    try:
+        yield server.wait_ready()
+    finally:
+        server.stop()
+
+
+def ask(served: Served, key: str | None = KEY, **body: Any) -> httpx.Response:
+    headers = {"authorization": f"Bearer {key}"} if key is not None else {}
+    url = f"{served.chat}{COMPLETION}"
+    return httpx.post(url, json={"model": "tiny", **SHORT, **body}, headers=headers, timeout=60)
+
+
+def test_a_key_is_asked_for(guarded: Served) -> None:
+    assert ask(guarded).status_code == 200
+    for key in (None, "another", KEY + "x"):
+        refused = ask(guarded, key)
+        assert (refused.status_code, refused.json()) == (401, {"error": "Unauthorized"})
+    assert httpx.get(f"{guarded.chat}/v1/models").status_code == 401
+    assert httpx.get(f"{guarded.chat}/health").status_code == 200
+    # Through the features port it is the client's own that counts.
+    url = f"{guarded.features}{COMPLETION}"
+    body = {"model": "tiny", **SHORT}
+    assert httpx.post(url, json=body).status_code == 401
+    passed = httpx.post(url, json=body, headers={"authorization": f"Bearer {KEY}"}, timeout=60)
+    assert passed.status_code == 200
+    children = Path(f"/proc/{guarded.process.pid}/task/{guarded.process.pid}/children")
+    for child in children.read_text().split():  # a command line is everybody's to read
+        assert KEY not in Path(f"/proc/{child}/cmdline").read_text()
+
+
+def test_pages_elsewhere_may_read_if_they_are_named(guarded: Served) -> None:
+    asked = {"access-control-request-method": "POST", "access-control-request-headers": "x"}
+
+    def preflight(origin: str) -> httpx.Response:
+        return httpx.options(f"{guarded.chat}{CHAT}", headers={**asked, "origin": origin})
+
+    allowed = preflight("http://page.example")
+    assert allowed.headers["access-control-allow-origin"] == "http://page.example"
+    assert "access-control-allow-credentials" not in allowed.headers
+    assert "access-control-allow-origin" not in preflight("http://other.example").headers
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_no_room_is_an_error_and_the_server_lives(guarded: Served, stream: bool) -> None:
+    """`no_room` has prompts of 300 tokens and more not fit."""
+    refused = ask(guarded, prompt=[7] * 300, stream=stream)
+    said = refused.text
+    if stream:
+        assert said.rstrip().endswith("data: [DONE]")
+        said = next(line for line in said.splitlines() if "error" in line).removeprefix("data: ")
+    error = json.loads(said)["error"]
+    assert error["code"] == 503
+    assert "out of memory on a prompt of 300 tokens" in error["message"]
+    assert ask(guarded).status_code == 200
+
+
+def test_ctrl_c_ends_both_servers(
+    tiny_llama: Path, tiny_sae: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    log = tmp_path_factory.mktemp("ends") / "log"
+    server = start_transformers(tiny_llama, tiny_sae, log).wait_ready()
+    with ThreadPoolExecutor(1) as pool:
+        url = f"{server.chat}{COMPLETION}"
+        running = pool.submit(httpx.post, url, json={"model": "tiny", **LONG}, timeout=60)
+        until(lambda: httpx.get(f"{server.chat}/load").json()["server_load"])
+        os.kill(server.process.pid, signal.SIGINT)
+        assert server.process.wait(30) == 130
+        running.exception(60)
+    for port in (server.port, server.features_port):
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(f"http://127.0.0.1:{port}/health")
+
+
+def command(*words: str, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [bin_path("neuroscope"), *words],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        env=environment(env),
+    )
+
+
+def test_what_is_wrong_at_the_start_is_one_sentence(
+    api: Api, tiny_llama: Path, tiny_sae: Path, tmp_path: Path
+) -> None:
+    serve = ("serve", str(tiny_llama), "--sae", str(tiny_sae), "--backend", "transformers")
+    free = ("--port", str(free_port()), "--features-port", str(free_port()))
+    cases = {
+        "port": ((*serve, "--port", str(api.served.port)), "choose another with --port"),
+        "features port": (
+            (*serve, *free[:2], "--features-port", str(api.served.features_port)),
+            "features port",
+        ),
+        "device": ((*serve, *free, "--device", "mps"), "device mps is not there"),
+        "flag": ((*serve, *free, "--", "--max-num-seqs", "4"), "known are --host"),
+        "length": ((*serve, *free, "--", "--max-model-len", "99999999"), "--max-model-len is"),
+        "model": (
+            ("serve", str(tmp_path), "--sae", str(tiny_sae), "--backend", "transformers", *free),
+            "can not be loaded with transformers",
+        ),
+        "vLLM's": (("serve", "m", "--sae", "s", "--device", "cpu"), "--device is for --backend"),
+    }
+    for name, (words, says) in cases.items():
+        done = command(*words)
+        assert done.returncode != 0, name
+        assert says in " ".join(done.stderr.split()), (name, done.stderr)
+        assert "Traceback" not in done.stderr, name
+
+
+def test_without_vllm(tmp_path: Path) -> None:
+    """The commands that need none work; `serve` says what to install, or what to use."""
+    blocker = tmp_path / "sitecustomize.py"
+    blocker.write_text("import sys\nsys.modules['vllm'] = None\n")
+    # sitecustomize of the machine, if any, gives way to ours.
+    env = {"PYTHONPATH": str(tmp_path)}
+    assert command("--help", **env).returncode == 0
+    code = (
+        "import neuroscope_vllm.engine.hf.serve.app, neuroscope_vllm.engine.hf.serve.loading,"
+        " neuroscope_vllm.engine.hf.engine, neuroscope_vllm.server.app, sys;"
+        " assert sys.modules['vllm'] is None"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment(env), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
