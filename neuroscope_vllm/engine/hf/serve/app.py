@@ -42,9 +42,10 @@ def build(served: Served, *, api_keys: Sequence[str], origins: Sequence[str]) ->
         "completion_handler": TextHandler(served),
         "generation_state": served.state,
     }
-    known = inspect.signature(build_server).parameters
+    build_theirs: Any = build_server
+    known = inspect.signature(build_theirs).parameters
     needed = [name for name, one in known.items() if one.default is one.empty]
-    app = build_server(**{name: given.get(name) for name in {*given, *needed}})
+    app: FastAPI = build_theirs(**{name: given.get(name) for name in {*given, *needed}})
     app.router.routes[:] = [
         route for route in app.router.routes if getattr(route, "path", "") in ROUTES
     ]
