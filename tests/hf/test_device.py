@@ -103,7 +103,7 @@ def test_what_is_out_of_memory(error: Exception, is_one: bool) -> None:
 
 @pytest.mark.skipif(
     not torch.backends.mps.is_available(),
-    reason="needs a Mac: run `tests/run.sh tests/hf -m mps` there",
+    reason="needs a Mac: run `tests/run.sh tests/hf/test_device.py` there",
 )
 @pytest.mark.mps
 def test_the_demo_on_mps_is_the_demo_on_a_cpu() -> None:
