@@ -87,12 +87,16 @@ def test_who_leaves_while_it_waits_is_not_run(api: Api) -> None:
         (COMPLETION, {"prompt": "x", "logit_bias": {"a": 1}}, 400, "logit_bias"),
         (COMPLETION, {"prompt": "x", "response_format": {"type": "json_object"}}, 400,
          "response_format"),
+        (COMPLETION, {"prompt": "x", "logit_bias": {"5": 1e9}}, 400, "logit_bias"),
+        (COMPLETION, {"prompt": "x", "seed": 1 << 70}, 400, "seed"),
+        (COMPLETION, {"prompt": "x", "n": 10**7}, 400, "n"),
+        (COMPLETION, {"prompt": "x\ud800"}, 400, None),
         (COMPLETION, {"prompt": "x", "vllm_xargs": {"neuroscope": "{"}}, 400, "vllm_xargs"),
         (COMPLETION, {"prompt": "x", "vllm_xargs": {"steer": 1}}, 400, "vllm_xargs"),
     ],
 )  # fmt: skip
 def test_what_can_not_be_done_is_refused_by_name(
-    api: Api, path: str, body: dict[str, Any], status: int, param: str
+    api: Api, path: str, body: dict[str, Any], status: int, param: str | None
 ) -> None:
     answer = api.post(path, body, timeout=30)
     error = answer.json()["error"]

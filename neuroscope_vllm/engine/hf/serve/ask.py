@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from typing import Any, Literal, TypeVar
 
@@ -30,6 +31,7 @@ REFUSED = {
 }
 """Fields that change the answer, which this backend can not do; and what to do instead."""
 MOST_LOGPROBS = 20
+MOST_CHOICES = 128
 
 
 class Refused(Exception):
@@ -149,6 +151,10 @@ def read(body: Any, kind: type[A]) -> A:
     """Raises Refused: A field is wrong, or asks for what this backend can not do."""
     if not isinstance(body, dict):
         raise Refused("the body is no JSON object.")
+    try:
+        json.dumps(body, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise Refused("a text holds half a surrogate pair, which is no character.") from None
     for name, instead in REFUSED.items():
         if body.get(name):
             raise Refused(f"{name} is not served by the transformers backend; {instead}.", name)
@@ -168,7 +174,8 @@ def read(body: Any, kind: type[A]) -> A:
 
 def _check(ask: ChatAsk | CompletionAsk) -> None:
     """Raises Refused. The bounds are vLLM's."""
-    _within("n", ask.n, 1)
+    _within("n", ask.n, 1, MOST_CHOICES)
+    _within("seed", ask.seed, -(1 << 63), (1 << 63) - 1)
     _within("max_tokens", ask.limit, 1)
     _within("min_tokens", ask.min_tokens, 0)
     _within("temperature", ask.temperature, 0)
@@ -196,9 +203,10 @@ def _check(ask: ChatAsk | CompletionAsk) -> None:
             " backend; ask for the form in a message.",
             "response_format",
         )
-    for name in ask.logit_bias or ():
+    for name, bias in (ask.logit_bias or {}).items():
         if not name.isdecimal():
             raise Refused(f"logit_bias names {name!r}, which is no token id.", "logit_bias")
+        _within("logit_bias", bias, -100, 100)
     if ask.stream and ask.prompt_logprobs is not None:
         raise Refused("prompt_logprobs can not be streamed.", "prompt_logprobs")
 
