@@ -28,7 +28,7 @@ from neuroscope_vllm.core.artefacts import DATA_VARIABLE
 from neuroscope_vllm.core.calibration import Calibration
 from neuroscope_vllm.core.config import Settings
 from neuroscope_vllm.core.corpus import Corpus
-from neuroscope_vllm.core.errors import ConfigError, EngineError, NeuroscopeError
+from neuroscope_vllm.core.errors import ConfigError, EngineError, NeuroscopeError, SAEError
 from neuroscope_vllm.core.examples.store import SCHEMAS
 from neuroscope_vllm.core.passes import CalibrationPass, FeaturePass, Rows
 from neuroscope_vllm.core.sae import load_sae
@@ -309,7 +309,7 @@ def test_what_can_not_be_is_said_in_a_sentence(
     assert "no Ray cluster answers at 127.0.0.1:1" in " ".join(done.stderr.split())
     assert "Traceback" not in done.stderr
     too_deep = Settings(sae=quick.settings.sae, layer=[77])
-    with pytest.raises(ConfigError, match="has 26 layers but layer 77"):
+    with pytest.raises(SAEError, match="layer 77 does not exist"):
         RayEngines(msgspec.structs.replace(quick, settings=too_deep), workers=1)
     # Others have all there is.
     monkeypatch.setattr(ray_engines, "PLACED_S", 2.0)

@@ -129,8 +129,8 @@ def test_without_a_tokenizer_tokens_are_shown_by_id():
     assert told.push([7, 8], "length", None).texts == ["<7>", "<8>"]
 
 
-def test_unknown_ids_have_no_text(tokenizer: Tokenizer):
-    stream = TextStream(tokenizer, [], False)
+def test_unknown_ids_have_no_text():
+    stream = TextStream(TOKENIZER, [], False)
     assert stream.step(10**6) == ""
     assert stream.step(-1) == ""
     assert stream.step(ids_of("a")[0]) == "a"

@@ -368,7 +368,7 @@ def test_a_running_request_is_steered_otherwise(
     edit = {"op": "add", "layer": 5, "feature": 9, "value": 9.0, "positions": "generated"}
     prompt = [7 * i % 300 + 5 for i in range(60)]
     with ThreadPoolExecutor(1) as pool:
-        running = pool.submit(ask, served, prompt, count=700, request_id="turned")
+        running = pool.submit(ask, served, prompt, count=900, request_id="turned")
         deadline = time.monotonic() + 60
         while '"token_index":0' not in httpx.get(f"{served.features}/v1/requests/cmpl-turned").text:
             assert time.monotonic() < deadline
@@ -391,7 +391,7 @@ def test_a_running_request_is_steered_otherwise(
     assert (unknown.status_code, "steer[0].direction" in unknown.text) == (400, True)
     first, end = changed["position"], stopped.json()["choices"][0]["position"]
     assert stopped.json()["choices"][0]["steering"] is None
-    assert len(prompt) < first < end < len(prompt) + 700
+    assert len(prompt) < first < end < len(prompt) + 900
     (trace,) = served.trace("cmpl-turned")
     told = [e for e in trace["events"] if e["event"] == "steering"]
     assert [(e["position"], bool(e["steering"])) for e in told] == [(first, True), (end, False)]

@@ -75,7 +75,7 @@ def _loading(model: str, placement: Placement = ON_CPU) -> Iterator[None]:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         raise ConfigError(
             f"model {model} can not be loaded with transformers ({reason}); give the folder or hub"
-            " id of one."
+            " id of one (with --model where a command has it)."
         ) from error
 
 

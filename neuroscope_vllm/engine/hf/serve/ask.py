@@ -151,10 +151,14 @@ def read(body: Any, kind: type[A]) -> A:
     """Raises Refused: A field is wrong, or asks for what this backend can not do."""
     if not isinstance(body, dict):
         raise Refused("the body is no JSON object.")
-    try:
-        json.dumps(body, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        raise Refused("a text holds half a surrogate pair, which is no character.") from None
+    for name, value in body.items():
+        if name == "vllm_xargs":  # Whoever reads them says it better.
+            continue
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            said = f"{name} holds half a surrogate pair, which is no character."
+            raise Refused(said, name) from None
     for name, instead in REFUSED.items():
         if body.get(name):
             raise Refused(f"{name} is not served by the transformers backend; {instead}.", name)
