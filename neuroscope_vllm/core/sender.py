@@ -114,9 +114,13 @@ class Sender:
                 continue
             if message is _STOP:
                 break
-            if not sent:  # connected a moment ago: the hub must know whom it hears
-                sent = self._send(connection, self._hello(dict(self.counters)), count=False)
-            self._send(connection, message)  # type: ignore[arg-type]
+            # Connected a moment ago? The hub must know whom it hears, first of all.
+            sent = sent or self._send(connection, self._hello(dict(self.counters)), count=False)
+            if sent:
+                self._send(connection, message)  # type: ignore[arg-type]
+            else:  # also where the hub came between these two lines
+                self.counters["messages_dropped"] += 1
+                self._lost = True
         self._send(connection, wire.Goodbye(self._hello(dict(self.counters)).sender), count=False)
         connection.close()
 
