@@ -211,6 +211,10 @@ def _check(ask: ChatAsk | CompletionAsk) -> None:
         if not name.isdecimal():
             raise Refused(f"logit_bias names {name!r}, which is no token id.", "logit_bias")
         _within("logit_bias", bias, -100, 100)
+    if ask.stream_options is not None and not ask.stream:
+        raise Refused("stream_options can only be given with stream.", "stream_options")
+    if isinstance(ask, ChatAsk) and ask.top_logprobs and not ask.logprobs:
+        raise Refused("top_logprobs can only be given with logprobs.", "top_logprobs")
     if ask.stream and ask.prompt_logprobs is not None:
         raise Refused("prompt_logprobs can not be streamed.", "prompt_logprobs")
 
