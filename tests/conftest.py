@@ -1,12 +1,18 @@
-"""Fixtures shared by all tests: a clean environment and the tiny models, built once."""
+"""Fixtures shared by all tests: a clean environment and the tiny models, built once.
+
+And how `tests/run.sh` without arguments shares them out under pytest-xdist: the tests of a server
+go to one worker, slow ones first, and each worker's engines have a core of their own.
+"""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 from neuroscope_vllm.core.artefacts import DATA_VARIABLE
 from tests.support import models
@@ -14,6 +20,33 @@ from tests.support import models
 # Time says nothing on a machine that also runs vLLM, and a red run should be red again.
 hypothesis.settings.register_profile("neuroscope", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("neuroscope")
+
+SLOW_FIRST = ("vllm", "hf", "cli", "engine", "client", "server", "core")
+OF_ONE_SERVER = {"tests/vllm/shapes", "tests/hf/serve"}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    worker = os.environ.get("PYTEST_XDIST_WORKER")
+    if worker is not None:
+        core = int(worker.removeprefix("gw")) % (os.cpu_count() or 1)
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = str(core)
+        os.environ["OMP_NUM_THREADS"] = "1"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        items.sort(key=lambda item: SLOW_FIRST.index(item.nodeid.split("/")[1]))
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
+    return _ByServer(config, log)
+
+
+class _ByServer(LoadScopeScheduling):
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0]
+        folder = file.rpartition("/")[0]
+        return folder if folder in OF_ONE_SERVER else file
 
 
 @pytest.fixture(scope="session")

@@ -21,7 +21,7 @@ SINK_NORM = 15.8
 """Some of the tiny Llama's residuals are larger."""
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def labelled_sae(tiny_sae: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny SAE, with a label for every other feature, and some tokens that are sinks."""
     folder = tmp_path_factory.mktemp("labelled") / "layer_20"

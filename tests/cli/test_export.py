@@ -21,7 +21,7 @@ from click.testing import CliRunner
 from neuroscope_vllm.cli.main import main
 from neuroscope_vllm.core.recording.files import read_traces, write_traces
 from tests.client.speaker import speaker
-from tests.support.browser import CHROMIUM, opened
+from tests.support.browser import needs_browser, opened
 from tests.support.recorded import (
     HOSTILE,
     about,
@@ -108,7 +108,7 @@ def test_an_exported_file_is_told_again(base: str, tmp_path: Path) -> None:
         assert told_whole(again, "recorded") == before
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+@needs_browser
 @pytest.mark.parametrize("redact", ["none", "text"])
 def test_the_page_shows_hostile_text_as_text(redact: Any, tmp_path: Path) -> None:
     write_recorded(tmp_path / "kept", 150, layers=(5, 20), redact=redact)

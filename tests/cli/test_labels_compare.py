@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from neuroscope_vllm.cli.main import main
-from tests.support.browser import CHROMIUM, opened
+from tests.support.browser import needs_browser, opened
 
 
 @pytest.fixture(autouse=True)
@@ -76,7 +76,7 @@ def test_compare_writes_a_page_that_loads_nothing_and_obeys_no_label(tmp_path: P
     ]
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+@needs_browser
 def test_the_page_of_a_comparison_in_a_browser(tmp_path: Path) -> None:
     both_labellers(tmp_path)
     page = tmp_path / "page.html"

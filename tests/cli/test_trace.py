@@ -28,7 +28,7 @@ from neuroscope_vllm.core.token_labels import readable
 from neuroscope_vllm.core.unembedding import read_unembedding
 from tests.cli.conftest import SINK_NORM
 from tests.support import models
-from tests.support.browser import CHROMIUM, opened
+from tests.support.browser import needs_browser, opened
 from tests.support.saes import edit_json
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -233,7 +233,7 @@ def picture_of(path: Path) -> np.ndarray:
         return imread(path)[..., :3] * 255
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+@needs_browser
 @pytest.mark.usefixtures("watched")
 def test_the_page_draws_edges_and_singles_out_a_feature(
     both: tuple[object, ...], tmp_path: Path

@@ -16,7 +16,7 @@ from neuroscope_vllm.client import ServerError, Trace
 from neuroscope_vllm.core.events import DoneEvent, RequestEvent
 from neuroscope_vllm.engine.fake import FakeEngine, Script, features_of
 from tests.server.side import Side, make_tokenizer
-from tests.support.browser import CHROMIUM, opened
+from tests.support.browser import needs_browser, opened
 
 TEXT = "<script>alert('owned')</script> 🌊"
 PROMPT, OUTPUT = (make_tokenizer().encode(text).ids for text in ("a <b>", TEXT))
@@ -96,7 +96,7 @@ def test_the_page_needs_no_network_and_shows_text_as_text(trace: Trace, tmp_path
     assert "<script" not in frame
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+@needs_browser
 def test_a_notebook_shows_the_tokens(trace: Trace, tmp_path: Path):
     """As a notebook does: the frame within a page that has nothing to do with it."""
     notebook = tmp_path / "notebook.html"

@@ -20,7 +20,7 @@ from neuroscope_vllm.core.patching.plan import Plan, Target
 from neuroscope_vllm.core.patching.record import Answer, Column, Patching, Prompt
 from neuroscope_vllm.core.patching.swap import Swap
 from neuroscope_vllm.core.sae import SAE, load_sae
-from tests.support.browser import CHROMIUM, opened
+from tests.support.browser import needs_browser, opened
 from tests.support.models import write_saelens_sae
 
 HOSTILE = "</script><script>window.owned = 1</script><img src=http://192.0.2.1/x onerror=owned=1>"
@@ -221,7 +221,7 @@ def test_a_record_is_read_as_it_was_written() -> None:
     assert msgspec.json.decode(msgspec.json.encode(one), type=Patching) == one
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+@needs_browser
 def test_the_page_in_a_browser(tmp_path: Path) -> None:
     file = tmp_path / "map.html"
     file.write_text(heat_page(record([HOSTILE, "\u202e evil", "c"])), encoding="utf-8")

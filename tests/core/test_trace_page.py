@@ -13,12 +13,11 @@ import pytest
 from neuroscope_vllm.core.events import Feature
 from neuroscope_vllm.core.inspection.page import PageText, trace_page
 from neuroscope_vllm.core.inspection.record import Token, Tracked
-from tests.support.browser import CHROMIUM, Page, opened
+from tests.support.browser import Page, needs_browser, opened
 
 HOSTILE = "</script><script>window.owned = 1</script><img src=http://192.0.2.1/x onerror=owned=1>"
 BIDI = "\u202eevil\u2066"
 LAYERS = (3, 20)
-needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 
 
 def token(position: int, text: str, layer: int, *features: Feature, **more: object) -> Token:

@@ -14,6 +14,7 @@ from playwright.sync_api import Page, Route, expect
 
 from neuroscope_vllm.engine.fake import features_of
 from tests.server.side import wait_until
+from tests.support.browser import needs_browser
 from tests.support.page import (
     HOSTILE,
     TOP_K,
@@ -22,7 +23,6 @@ from tests.support.page import (
     ended,
     marked,
     names,
-    needs_browser,
     new_page,
     say,
     site,

@@ -9,13 +9,13 @@ import pytest
 pytest.importorskip("playwright")
 from playwright.sync_api import Page, expect
 
+from tests.support.browser import needs_browser
 from tests.support.page import (
     REFUSED,
     Site,
     browser,
     ended,
     names,
-    needs_browser,
     new_page,
     say,
     site,

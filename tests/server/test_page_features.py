@@ -14,6 +14,7 @@ import pytest
 pytest.importorskip("playwright")
 from playwright.sync_api import Page, expect
 
+from tests.support.browser import needs_browser
 from tests.support.page import (
     HOSTILE,
     REFUSED,
@@ -21,7 +22,6 @@ from tests.support.page import (
     browser,
     ended,
     names,
-    needs_browser,
     new_page,
     say,
     site,

@@ -12,7 +12,8 @@ import pytest
 pytest.importorskip("playwright")
 from playwright.sync_api import Page, expect
 
-from tests.support.page import browser, needs_browser, new_page, text_of
+from tests.support.browser import needs_browser
+from tests.support.page import browser, new_page, text_of
 from tests.support.recorded import replaying, write_recorded
 
 __all__ = ["browser", "new_page"]  # fixtures

@@ -8,12 +8,19 @@ import os
 import shlex
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chrome"))), None)
+needs_browser = pytest.mark.skipif(
+    CHROMIUM is None and sys.platform == "darwin", reason="no Chromium on this Mac"
+)
+"""Elsewhere `tests/run.sh` sees to one, and without it the test fails."""
 FLAGS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", "--hide-scrollbars")
 
 
@@ -99,7 +106,7 @@ class Page:
 @contextmanager
 def opened(file: Path | str, profile: Path) -> Iterator[Page]:
     """A file or an address in a browser of its own. `profile` is an empty folder."""
-    assert CHROMIUM is not None
+    assert CHROMIUM is not None, "no Chromium here; install the package chromium"
     their_read, our_write = os.pipe()
     our_read, their_write = os.pipe()
     # Chromium speaks on descriptors 3 and 4.
@@ -127,7 +134,7 @@ def playwright() -> Iterator[Any]:
     just looked at."""
     from playwright.sync_api import sync_playwright
 
-    assert CHROMIUM is not None
+    assert CHROMIUM is not None, "no Chromium here; install the package chromium"
     with sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield browser

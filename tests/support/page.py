@@ -16,10 +16,9 @@ from playwright.sync_api import Browser, Page, expect
 
 from neuroscope_vllm.engine.fake import FakeEngine
 from tests.server.side import Side, start_side
-from tests.support.browser import CHROMIUM, playwright
+from tests.support.browser import playwright
 from tests.support.talking import Engine, Talker
 
-needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 HOSTILE = "</script><script>window.owned=1</script><img src=x onerror=window.owned=1>"
 LABELS = [HOSTILE, "\u202eevil\u2066 right to left", "👩\u200d👩\u200d👧 emoji", "rivers and lakes"]
 TOP_K = 4

@@ -15,11 +15,11 @@ import pytest
 pytest.importorskip("playwright")
 from playwright.sync_api import Page, expect
 
+from tests.support.browser import needs_browser
 from tests.support.page import (
     browser,
     marked,
     names,
-    needs_browser,
     new_page,
     text_of,
     tokens,
