@@ -19,14 +19,10 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from transformers.cli.serving.server import build_server
 
+from neuroscope_vllm.engine.hf.serve.answering import Served
+from neuroscope_vllm.engine.hf.serve.answers import error_body
 from neuroscope_vllm.engine.hf.serve.ask import Refused
-from neuroscope_vllm.engine.hf.serve.handlers import (
-    ChatHandler,
-    Served,
-    TextHandler,
-    error_body,
-    names_itself,
-)
+from neuroscope_vllm.engine.hf.serve.handlers import ChatHandler, TextHandler, names_itself
 
 ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/health")
 """Of transformers' own; those that load, unload or speak to other models are left out."""
