@@ -32,6 +32,22 @@ class Served:
         self.manager = ModelManager(device="cpu", attn_implementation="eager")
         self.state = GenerationState()
         self.created = int(time.time())
+        longest_token = max(map(len, generator.tokenizer.get_vocab()))
+        self._longest_text = generator.max_model_len * longest_token
+
+    def encode(self, text: str, ask: ChatAsk | CompletionAsk) -> list[int]:
+        """Token ids. Raises Refused: No tokens of it would fit, which is seen without any."""
+        longest = self._longest_text
+        if len(text) > longest:
+            if ask.truncate_prompt_tokens is None:
+                raise Refused(
+                    f"This model's maximum context length is {self.generator.max_model_len} tokens."
+                    f" However, your prompt contains {len(text)} characters (more than {longest},"
+                    " the upper bound of what fits). Please reduce the length of the input prompt.",
+                    "input_text",
+                )
+            text = text[-longest:]
+        return self.generator.tokenizer.encode(text, add_special_tokens=ask.add_special_tokens)
 
     def steering(self, ask: Ask) -> Steering | None:
         """Raises Refused: It asks for what can not be done."""

@@ -164,8 +164,9 @@ class _Events:
 
 def error_body(error: Refused) -> dict[str, Any]:
     """As vLLM's."""
-    kinds = {400: "BadRequestError", 404: "NotFoundError", 401: "AuthenticationError"}
-    kind = kinds.get(error.status, "InternalServerError")
+    kind = {404: "NotFoundError"}.get(error.status, "BadRequestError")
+    if error.status >= 500:
+        kind = "InternalServerError"
     return {
         "error": {
             "message": error.message,

@@ -14,6 +14,7 @@ from neuroscope_vllm.engine.hf.serve.answering import Answering, Served
 from neuroscope_vllm.engine.hf.serve.answers import answered
 from neuroscope_vllm.engine.hf.serve.ask import Ask, ChatAsk, CompletionAsk, Refused, read
 
+TEXT_PARTS = ("text", "input_text", "output_text")
 names_itself: ContextVar[bool] = ContextVar("names_itself", default=False)
 """Whether the request's client sent an X-Request-Id."""
 
@@ -54,7 +55,7 @@ class ChatHandler(ChatCompletionHandler):
             )
         except Exception as error:  # of the template's own making: what it raises is not known
             raise Refused(f"the chat template refuses these messages: {error}") from None
-        return tokenizer.encode(text, add_special_tokens=ask.add_special_tokens)
+        return self._served.encode(text, ask)
 
 
 class TextHandler(CompletionHandler):
@@ -67,17 +68,15 @@ class TextHandler(CompletionHandler):
     async def handle_request(self, body: dict, request_id: str) -> StreamingResponse | JSONResponse:
         ask = read(body, CompletionAsk)
         self._served.check_model(ask)
-        prompts = [self._ids(one, ask) for one in ask.prompts]
+        prompts = await asyncio.to_thread(self._prompts, ask)
         return await answered(
             Answering(self._served, ask, f"cmpl-{named(ask, request_id)}", prompts),
             "text_completion",
         )
 
-    def _ids(self, prompt: str | list[int], ask: CompletionAsk) -> list[int]:
-        if isinstance(prompt, list):
-            return prompt
-        tokenizer = self._served.generator.tokenizer
-        return tokenizer.encode(prompt, add_special_tokens=ask.add_special_tokens)
+    def _prompts(self, ask: CompletionAsk) -> list[list[int]]:
+        encode = self._served.encode
+        return [one if isinstance(one, list) else encode(one, ask) for one in ask.prompts]
 
 
 def _message(given: dict[str, Any]) -> dict[str, Any]:
@@ -90,7 +89,11 @@ def _message(given: dict[str, Any]) -> dict[str, Any]:
         for part in content:
             if isinstance(part, str):
                 part = {"type": "text", "text": part}
-            if not isinstance(part, dict) or not isinstance(part.get("text"), str):
+            if (
+                not isinstance(part, dict)
+                or part.get("type", "text") not in TEXT_PARTS
+                or not isinstance(part.get("text"), str)
+            ):
                 kind = part.get("type") if isinstance(part, dict) else type(part).__name__
                 raise Refused(
                     f"a message has a part of type {kind}; only text is read.", "messages"
