@@ -158,7 +158,7 @@ def test_a_seed_is_the_same_answer_again_and_none_is_not(api: Api) -> None:
     assert text() != text()
 
 
-# Servers of their own
+# A server of their own
 
 
 @pytest.fixture(scope="module")
@@ -230,19 +230,16 @@ def test_no_room_is_an_error_and_the_server_lives(guarded: Served, stream: bool)
     assert ask(guarded).status_code == 200
 
 
-def test_ctrl_c_ends_both_servers(
-    tiny_llama: Path, tiny_sae: Path, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    log = tmp_path_factory.mktemp("ends") / "log"
-    server = start_transformers(tiny_llama, tiny_sae, log).wait_ready()
+def test_ctrl_c_ends_both_servers(guarded: Served) -> None:
+    """The last that asks anything of `guarded`."""
+    key = {"authorization": f"Bearer {KEY}"}
     with ThreadPoolExecutor(1) as pool:
-        url = f"{server.chat}{COMPLETION}"
-        running = pool.submit(httpx.post, url, json={"model": "tiny", **LONG}, timeout=60)
-        until(lambda: httpx.get(f"{server.chat}/load").json()["server_load"])
-        os.kill(server.process.pid, signal.SIGINT)
-        assert server.process.wait(30) == 130
+        running = pool.submit(ask, guarded, **LONG)
+        until(lambda: httpx.get(f"{guarded.chat}/load", headers=key).json()["server_load"])
+        os.kill(guarded.process.pid, signal.SIGINT)
+        assert guarded.process.wait(30) == 130
         running.exception(60)
-    for port in (server.port, server.features_port):
+    for port in (guarded.port, guarded.features_port):
         with pytest.raises(httpx.ConnectError):
             httpx.get(f"http://127.0.0.1:{port}/health")
 
