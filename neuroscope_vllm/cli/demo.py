@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from neuroscope_vllm.cli.options import backend_flags, neuroscope_flags, settings_from
+from neuroscope_vllm.cli.options import PORT, backend_flags, neuroscope_flags, settings_from
 from neuroscope_vllm.cli.supervise import console, run_server, server_command
 from neuroscope_vllm.core.config import cache_dir
 from neuroscope_vllm.core.errors import NeuroscopeError
@@ -21,7 +21,7 @@ SERVER_FLAGS = ("--served-model-name", NAME, "--host", "127.0.0.1", "--max-model
 @click.command("demo", epilog="Everything after -- goes to `vllm serve` untouched.")
 @backend_flags
 @neuroscope_flags
-@click.option("--port", type=int, default=8080, show_default=True, help="Port of the OpenAI API.")
+@PORT
 @click.option("--print-command", is_flag=True, help="Print the server's own command and exit.")
 @click.argument("vllm_flags", nargs=-1, type=click.UNPROCESSED)
 def command(

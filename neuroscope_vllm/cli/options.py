@@ -52,6 +52,14 @@ _FLAGS = [
     click.option("--config", type=click.Path(), help="YAML file with any of these settings."),
 ]
 
+PORT = click.option(
+    "--port",
+    type=click.IntRange(1, 65535),
+    default=8080,
+    show_default=True,
+    help="Port of the OpenAI API.",
+)
+
 
 def neuroscope_flags(command: Callable[..., Any]) -> Callable[..., Any]:
     for option in reversed(_FLAGS):

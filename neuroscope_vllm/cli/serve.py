@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from neuroscope_vllm.cli.options import backend_flags, neuroscope_flags, settings_from
+from neuroscope_vllm.cli.options import PORT, backend_flags, neuroscope_flags, settings_from
 from neuroscope_vllm.cli.supervise import run_server, server_command
 
 
@@ -17,7 +17,7 @@ from neuroscope_vllm.cli.supervise import run_server, server_command
 @click.argument("model")
 @backend_flags
 @neuroscope_flags
-@click.option("--port", type=int, default=8080, show_default=True, help="Port of the OpenAI API.")
+@PORT
 @click.option("--print-command", is_flag=True, help="Print the server's own command and exit.")
 @click.argument("vllm_flags", nargs=-1, type=click.UNPROCESSED)
 def command(

@@ -107,7 +107,8 @@ class _Flags(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         known = ", ".join(word for action in self._actions for word in action.option_strings)
         raise click.UsageError(
-            f"after --, for the transformers backend: {message}; known are {known}."
+            f"after --, for the transformers backend: {message}; known are {known};"
+            " --port, --device and --dtype stand before it."
         )
 
 
@@ -118,14 +119,24 @@ def _server_flags() -> argparse.ArgumentParser:
     flags.add_argument("--api-key")
     flags.add_argument("--served-model-name")
     flags.add_argument("--max-model-len", type=int)
-    flags.add_argument("--allowed-origins", type=json.loads, default=[])
+    flags.add_argument("--allowed-origins", type=_origins, default=[])
     return flags
+
+
+def _origins(text: str) -> list[str]:
+    with contextlib.suppress(json.JSONDecodeError):
+        given = json.loads(text)
+        if isinstance(given, list) and all(isinstance(one, str) for one in given):
+            return given
+    raise argparse.ArgumentTypeError(f"{text} is no JSON list of origins")
 
 
 def run_server(words: list[str], settings: Settings, port: int, print_command: bool) -> None:
     """Run a server until it ends or Ctrl-C; exits with its code, or 130."""
     if print_command:
         click.echo(shlex.join(words))
+        if words[0] != "vllm" and os.environ.get("VLLM_API_KEY"):
+            console.print("neuroscope: with the key in its environment, as VLLM_API_KEY")
         return
     end_what_we_start()
     # A session of its own: Ctrl-C reaches us alone, and we decide how the child ends. Its settings

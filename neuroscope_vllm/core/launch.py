@@ -153,6 +153,9 @@ def listen(host: str, port: int) -> socket.socket:
         raise ConfigError(
             f"features host {host} port {port} can not be bound: {error.strerror}."
         ) from None
+    except (OverflowError, UnicodeError) as error:  # no port, no name
+        listener.close()
+        raise ConfigError(f"features host {host} port {port} can not be bound: {error}.") from None
     listener.listen(1024)
     return listener
 

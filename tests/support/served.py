@@ -20,6 +20,7 @@ import httpx
 from neuroscope_vllm.core.config import without_settings
 
 TRITON_CPU = Path(__file__).parent / "triton_cpu"
+NO_VLLM = {"PYTHONPATH": str(Path(__file__).parent / "no_vllm")}
 V2_ON_CPU = {
     "TRITON_INTERPRET": "1",
     "VLLM_USE_V2_MODEL_RUNNER": "1",

@@ -58,7 +58,8 @@ def convert_gguf(gguf: Path, out_dir: Path) -> None:
     except (ImportError, OSError, ValueError) as error:
         raise DemoModelError(
             f"{gguf.name} could not be converted into {out_dir} ({error}): check free disk space "
-            "and that `gguf` and `accelerate` are installed, and try again."
+            "and that transformers, gguf and accelerate are installed (pip install "
+            "'neuroscope-vllm[demo]'), and try again."
         ) from error
     finally:
         shutil.rmtree(work, ignore_errors=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -27,6 +28,8 @@ def load_tokenizer(model: str) -> Any:
 def load_config(model: str) -> Any:
     """Raises ConfigError as `load_whole`."""
     transformers = _transformers()
+    if model.startswith((os.sep, ".", "~")) and not os.path.isdir(model):
+        raise ConfigError(f"model {model} is no folder; give one, or a hub id.")
     with _loading(model):
         return transformers.AutoConfig.from_pretrained(model)
 
@@ -96,6 +99,6 @@ def decoder_layers(whole: Any, model: str) -> nn.ModuleList:
     if not isinstance(layers, nn.ModuleList):
         raise ConfigError(
             f"model {model} ({type(whole).__name__}) keeps its decoder layers where they are not"
-            " found; verify a Llama or Gemma model."
+            " found; take a Llama or Gemma model."
         )
     return layers

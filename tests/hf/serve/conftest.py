@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.oracle import Oracle
-from tests.support.served import Served, start_transformers
+from tests.support.served import NO_VLLM, Served, start_transformers
 from tests.vllm.shapes.asking import Api
 
 
@@ -22,6 +22,7 @@ def shapes_server(
         tiny_sae,
         tmp_path_factory.mktemp("transformers") / "serve.log",
         flags=("--ranking", "activation", "--top-k", "8"),
+        env=NO_VLLM,
     )
     try:
         yield server.wait_ready()

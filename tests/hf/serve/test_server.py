@@ -15,8 +15,17 @@ from typing import Any
 
 import httpx
 import pytest
+from click.testing import CliRunner
 
-from tests.support.served import Served, bin_path, environment, free_port, start_transformers
+from neuroscope_vllm.cli.main import main
+from tests.support.served import (
+    NO_VLLM,
+    Served,
+    bin_path,
+    environment,
+    free_port,
+    start_transformers,
+)
 from tests.vllm.shapes.asking import CHAT, COMPLETION, Api
 
 LONG = {"prompt": "x", "max_tokens": 400, "ignore_eos": True}
@@ -84,6 +93,13 @@ def test_who_leaves_while_it_waits_is_not_run(api: Api) -> None:
         (COMPLETION, {"prompt": "x", "max_tokens": "many"}, 400, "max_tokens"),
         (COMPLETION, {"prompt": [1, "x"]}, 400, "prompt"),
         (COMPLETION, {"prompt": "x", "logprobs": 99}, 400, "logprobs"),
+        (COMPLETION, {"prompt": "x" * 10**7}, 400, "input_text"),
+        (COMPLETION, {"prompt": "x", "logit_bias": {"9" * 5000: 1}}, 400, "logit_bias"),
+        (CHAT, {"messages": [{"role": "user", "content": "x"}],
+                "chat_template_kwargs": {"chat_template": "{{ 7 * 7 }}"}}, 400,
+         "chat_template_kwargs"),
+        (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url", "text": "x"}]}]},
+         400, "messages"),
         (COMPLETION, {"prompt": "x", "logit_bias": {"a": 1}}, 400, "logit_bias"),
         (COMPLETION, {"prompt": "x", "response_format": {"type": "json_object"}}, 400,
          "response_format"),
@@ -108,8 +124,13 @@ def test_what_can_not_be_done_is_refused_by_name(
 
 
 def test_a_body_that_is_no_request(api: Api) -> None:
-    half = b'{"model": "tiny", "prompt": "\\ud800"}'  # of a character
-    for content in (b"", b"{", b"[]", b"\xff", b"3", half):
+    bodies = [b"", b"{", b"[]", b"\xff", b"3"]
+    for half in ('"prompt": "\\ud800"', '"\\ud800": 1', '"vllm_xargs": {"neuroscope_\\ud800": 1}'):
+        bodies.append(f'{{"model": "tiny", "prompt": "x", {half}}}'.encode())
+    # How deep Python's parser goes depends on what calls it.
+    bodies += [b'{"deep": ' + b"[" * n + b"]" * n + b"}" for n in range(940, 1000, 4)]
+    bodies.append(b'{"model": "tiny", "prompt": "x", "temperature": Infinity, "min_tokens": 2}')
+    for content in bodies:
         answer = httpx.post(
             f"{api.served.chat}{COMPLETION}",
             content=content,
@@ -137,7 +158,7 @@ def test_a_seed_is_the_same_answer_again_and_none_is_not(api: Api) -> None:
     assert text() != text()
 
 
-# Servers of their own
+# A server of their own
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +190,8 @@ def test_a_key_is_asked_for(guarded: Served) -> None:
     for key in (None, "another", KEY + "x"):
         refused = ask(guarded, key)
         assert (refused.status_code, refused.json()) == (401, {"error": "Unauthorized"})
-    assert httpx.get(f"{guarded.chat}/v1/models").status_code == 401
+    for path in ("/v1/models", "/load"):  # which names requests
+        assert httpx.get(guarded.chat + path).status_code == 401
     assert httpx.get(f"{guarded.chat}/health").status_code == 200
     # Through the features port it is the client's own that counts.
     url = f"{guarded.features}{COMPLETION}"
@@ -208,19 +230,16 @@ def test_no_room_is_an_error_and_the_server_lives(guarded: Served, stream: bool)
     assert ask(guarded).status_code == 200
 
 
-def test_ctrl_c_ends_both_servers(
-    tiny_llama: Path, tiny_sae: Path, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    log = tmp_path_factory.mktemp("ends") / "log"
-    server = start_transformers(tiny_llama, tiny_sae, log).wait_ready()
+def test_ctrl_c_ends_both_servers(guarded: Served) -> None:
+    """The last that asks anything of `guarded`."""
+    key = {"authorization": f"Bearer {KEY}"}
     with ThreadPoolExecutor(1) as pool:
-        url = f"{server.chat}{COMPLETION}"
-        running = pool.submit(httpx.post, url, json={"model": "tiny", **LONG}, timeout=60)
-        until(lambda: httpx.get(f"{server.chat}/load").json()["server_load"])
-        os.kill(server.process.pid, signal.SIGINT)
-        assert server.process.wait(30) == 130
+        running = pool.submit(ask, guarded, **LONG)
+        until(lambda: httpx.get(f"{guarded.chat}/load", headers=key).json()["server_load"])
+        os.kill(guarded.process.pid, signal.SIGINT)
+        assert guarded.process.wait(30) == 130
         running.exception(60)
-    for port in (server.port, server.features_port):
+    for port in (guarded.port, guarded.features_port):
         with pytest.raises(httpx.ConnectError):
             httpx.get(f"http://127.0.0.1:{port}/health")
 
@@ -249,10 +268,17 @@ def test_what_is_wrong_at_the_start_is_one_sentence(
         ),
         "device": ((*serve, *free, "--device", "mps"), "device mps is not there"),
         "flag": ((*serve, *free, "--", "--max-num-seqs", "4"), "known are --host"),
+        "no port": ((*serve, "--port", "99999"), "99999 is not in the range"),
+        "no features port": ((*serve, *free[:2], "--features-port", "99999"), "features"),
+        "origins": ((*serve, *free, "--", "--allowed-origins", "5"), "no JSON list of origins"),
         "length": ((*serve, *free, "--", "--max-model-len", "99999999"), "--max-model-len is"),
         "model": (
             ("serve", str(tmp_path), "--sae", str(tiny_sae), "--backend", "transformers", *free),
             "can not be loaded with transformers",
+        ),
+        "folder": (
+            ("serve", "./none", "--sae", str(tiny_sae), "--backend", "transformers", *free),
+            "./none is no folder",
         ),
         "vLLM's": (("serve", "m", "--sae", "s", "--device", "cpu"), "--device is for --backend"),
     }
@@ -263,19 +289,35 @@ def test_what_is_wrong_at_the_start_is_one_sentence(
         assert "Traceback" not in done.stderr, name
 
 
-def test_without_vllm(tmp_path: Path) -> None:
-    """The commands that need none work; `serve` says what to install, or what to use."""
-    blocker = tmp_path / "sitecustomize.py"
-    blocker.write_text("import sys\nsys.modules['vllm'] = None\n")
-    # sitecustomize of the machine, if any, gives way to ours.
-    env = {"PYTHONPATH": str(tmp_path)}
-    assert command("--help", **env).returncode == 0
-    code = (
-        "import neuroscope_vllm.engine.hf.serve.app, neuroscope_vllm.engine.hf.serve.loading,"
-        " neuroscope_vllm.engine.hf.engine, neuroscope_vllm.server.app, sys;"
-        " assert sys.modules['vllm'] is None"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment(env), capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+def test_without_vllm(
+    tiny_llama: Path, tiny_sae: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What needs none works, as does the server of `api`; the rest says what to install, or use."""
+    assert command("--help", **NO_VLLM).returncode == 0
+    ours = ("--sae", str(tiny_sae), "--backend", "transformers")
+    found = command("inspect", "a text", "--model", str(tiny_llama), *ours, "--json", **NO_VLLM)
+    assert json.loads(found.stdout), found.stderr
+    text = tmp_path / "text.txt"
+    text.write_text("a text")
+    corpus = ("--corpus", str(text), "--output", str(tmp_path / "c.safetensors"))
+    refused = command("calibrate", str(tiny_llama), *ours[:2], *corpus, **NO_VLLM)
+    assert refused.returncode == 1
+    assert "use --backend transformers" in " ".join(refused.stderr.split())
+    # There is no `vllm` beside this Python, nor on the path.
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    served = CliRunner().invoke(main, ["serve", str(tiny_llama), *ours[:2]])
+    assert (served.exit_code, "use --backend transformers" in served.output) == (1, True)
+
+
+@pytest.mark.parametrize("missing", ["transformers", "openai"])
+def test_without_what_the_server_stands_on(
+    missing: str, tiny_llama: Path, tiny_sae: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(f"import sys\nsys.modules[{missing!r}] = None\n")
+    free = ("--port", str(free_port()), "--features-port", str(free_port()))
+    words = ("serve", str(tiny_llama), "--sae", str(tiny_sae), "--backend", "transformers", *free)
+    done = command(*words, PYTHONPATH=str(tmp_path))
+    assert done.returncode == 1
+    assert done.stderr.startswith("neuroscope: transformers' server can not be imported")
+    assert "neuroscope-vllm[hf]" in done.stderr

@@ -44,7 +44,13 @@ def serve(spec: ServeSpec) -> None:
 
     import uvicorn
 
-    from neuroscope_vllm.engine.hf.serve import app, loading
+    try:
+        from neuroscope_vllm.engine.hf.serve import app, loading
+    except (ImportError, NameError) as error:  # transformers' modules name what they did not find
+        raise ConfigError(
+            f"transformers' server can not be imported ({error}); pip install"
+            " 'neuroscope-vllm[hf]', which has the versions that fit and what they need."
+        ) from None
 
     loaded = loading.load(spec)
     directory = launch.runtime_directory()

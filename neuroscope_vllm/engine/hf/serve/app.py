@@ -19,19 +19,15 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from transformers.cli.serving.server import build_server
 
+from neuroscope_vllm.engine.hf.serve.answering import Served
+from neuroscope_vllm.engine.hf.serve.answers import error_body
 from neuroscope_vllm.engine.hf.serve.ask import Refused
-from neuroscope_vllm.engine.hf.serve.handlers import (
-    ChatHandler,
-    Served,
-    TextHandler,
-    error_body,
-    names_itself,
-)
+from neuroscope_vllm.engine.hf.serve.handlers import ChatHandler, TextHandler, names_itself
 
 ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/health")
 """Of transformers' own; those that load, unload or speak to other models are left out."""
-GUARDED = "/v1"
-"""What needs a key, as in vLLM."""
+GUARDED = ("/v1", "/load")
+"""What needs a key: as in vLLM, and what names requests."""
 
 
 def build(served: Served, *, api_keys: Sequence[str], origins: Sequence[str]) -> FastAPI:
@@ -109,6 +105,11 @@ def _install_errors(app: FastAPI) -> None:
             detail = f"{request.method} {request.url.path}: {detail}; here are {known}."
         refused = Refused(detail, None, error.status_code)
         return JSONResponse(error_body(refused), error.status_code)
+
+    @app.exception_handler(Exception)
+    async def _failed(_: Request, error: Exception) -> Response:
+        said = f"the server failed on it ({type(error).__name__}); its log has the trace."
+        return JSONResponse(error_body(Refused(said, None, 500)), 500)
 
 
 def _first(error: RequestValidationError) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from typing import Any, Literal, TypeVar
 
 import msgspec
@@ -32,6 +33,8 @@ REFUSED = {
 """Fields that change the answer, which this backend can not do; and what to do instead."""
 MOST_LOGPROBS = 20
 MOST_CHOICES = 128
+MOST_DIGITS = 18
+"""Of a token id. Python does not even read a number of some thousand."""
 
 
 class Refused(Exception):
@@ -39,7 +42,10 @@ class Refused(Exception):
 
     def __init__(self, message: str, param: str | None = None, status: int = 400) -> None:
         super().__init__(message)
-        self.message, self.param, self.status = message, param, status
+        # What a client sent, and is repeated here, may hold half a character.
+        self.message = message.encode(errors="replace").decode()
+        self.param = param and param.encode(errors="replace").decode()
+        self.status = status
 
 
 class StreamOptions(msgspec.Struct, frozen=True):
@@ -155,10 +161,12 @@ def read(body: Any, kind: type[A]) -> A:
         if name == "vllm_xargs":  # Whoever reads them says it better.
             continue
         try:
-            json.dumps(value, ensure_ascii=False).encode()
+            json.dumps({name: value}, ensure_ascii=False).encode()
         except UnicodeEncodeError:
             said = f"{name} holds half a surrogate pair, which is no character."
             raise Refused(said, name) from None
+        except RecursionError:
+            raise Refused(f"{name} is nested too deeply.", name) from None
     for name, instead in REFUSED.items():
         if body.get(name):
             raise Refused(f"{name} is not served by the transformers backend; {instead}.", name)
@@ -188,7 +196,8 @@ def _check(ask: ChatAsk | CompletionAsk) -> None:
     _within("presence_penalty", ask.presence_penalty, -2, 2)
     _within("frequency_penalty", ask.frequency_penalty, -2, 2)
     _within("repetition_penalty", ask.repetition_penalty, 0)
-    _within("logprobs", ask.wanted_logprobs, 0, MOST_LOGPROBS)
+    logprobs = "top_logprobs" if isinstance(ask, ChatAsk) else "logprobs"
+    _within(logprobs, ask.wanted_logprobs, 0, MOST_LOGPROBS)
     _within("prompt_logprobs", ask.prompt_logprobs, 0, MOST_LOGPROBS)
     _within("truncate_prompt_tokens", ask.truncate_prompt_tokens, -1)
     if ask.top_p == 0 or ask.repetition_penalty == 0:
@@ -208,11 +217,14 @@ def _check(ask: ChatAsk | CompletionAsk) -> None:
             "response_format",
         )
     for name, bias in (ask.logit_bias or {}).items():
-        if not name.isdecimal():
-            raise Refused(f"logit_bias names {name!r}, which is no token id.", "logit_bias")
+        if not name.isdecimal() or len(name) > MOST_DIGITS:
+            raise Refused(f"logit_bias names {name[:40]!r}, which is no token id.", "logit_bias")
         _within("logit_bias", bias, -100, 100)
     if ask.stream_options is not None and not ask.stream:
         raise Refused("stream_options can only be given with stream.", "stream_options")
+    if isinstance(ask, ChatAsk) and ask.chat_template_kwargs.get("chat_template"):
+        said = f"chat_template is not taken from requests; {REFUSED['chat_template']}."
+        raise Refused(said, "chat_template_kwargs")
     if isinstance(ask, ChatAsk) and ask.top_logprobs and not ask.logprobs:
         raise Refused("top_logprobs can only be given with logprobs.", "top_logprobs")
     if ask.stream and ask.prompt_logprobs is not None:
@@ -220,7 +232,7 @@ def _check(ask: ChatAsk | CompletionAsk) -> None:
 
 
 def _within(name: str, value: float | None, least: float, most: float | None = None) -> None:
-    if value is not None and not (least <= value and (most is None or value <= most)):
+    if value is not None and not (least <= value < math.inf and (most is None or value <= most)):
         end = "" if most is None else f" and at most {most}"
         raise Refused(f"{name} is {value}; it must be at least {least}{end}.", name)
 

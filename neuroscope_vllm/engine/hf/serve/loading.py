@@ -16,8 +16,8 @@ from neuroscope_vllm.core.sender import Sender
 from neuroscope_vllm.core.steering.catalogue import Operator
 from neuroscope_vllm.engine.hf.device import Placement
 from neuroscope_vllm.engine.hf.loading import decoder_layers, load_config, load_whole, placed
+from neuroscope_vllm.engine.hf.serve.answering import Served
 from neuroscope_vllm.engine.hf.serve.generation import Generator
-from neuroscope_vllm.engine.hf.serve.handlers import Served
 from neuroscope_vllm.engine.hf.serve.spec import ServeSpec
 from neuroscope_vllm.engine.hf.serve.watch import ModelWatch
 from neuroscope_vllm.engine.serving.requests import RequestLog

@@ -76,7 +76,7 @@ class Penalties(LogitsProcessor):
 
 def seed(ask: Ask, choice: int) -> None:
     """Of the draws that follow."""
-    if ask.seed is None:
+    if ask.seed in (None, -1):  # -1: none, as in vLLM
         torch.seed()
     else:
         torch.manual_seed(ask.seed + choice)
