@@ -22,6 +22,7 @@ from neuroscope_vllm.server.commands import Commands
 from neuroscope_vllm.server.join import Choice, Item, Join
 from neuroscope_vllm.server.narrate import Named, Narrator
 from neuroscope_vllm.server.prefix import PrefixCache
+from neuroscope_vllm.server.readers import Readers
 from neuroscope_vllm.server.rows import unpack
 from neuroscope_vllm.server.senders import Sender, Senders
 from neuroscope_vllm.server.stages import Stages
@@ -80,10 +81,7 @@ class Hub:
         self._label_texts: dict[int, dict[int, str]] = {}
         self._unreliable: dict[int, frozenset[int]] = {}
         self._open: dict[str, _Open] = {}
-        self._everything: set[AllRequests] = set()
-        self._by_name: dict[str, set[OneRequest]] = {}
-        self._touched: set[OneRequest] = set()
-        self._wake_all = False
+        self._readers = Readers(self.ring, self.traces, self.event_id)
         self._ticked_at = time.monotonic()
 
     def handle(self, message: wire.Message, now: float | None = None) -> None:
@@ -110,7 +108,7 @@ class Hub:
             case wire.Goodbye():
                 if gone := self.senders.goodbye(message.sender):
                     self._engine_gone(gone, now)
-        self._wake()
+        self._readers.wake()
 
     def tick(self, now: float | None = None) -> None:
         """Do what is due by time; call a few times a second."""
@@ -124,46 +122,29 @@ class Hub:
             self._on_features(partial, now)
         for internal_id, items in self.join.tick(now):
             self._tell(internal_id, items, now)
-        self._wake()
+        self._readers.wake()
 
     def close(self, reason: str) -> None:
         """Say goodbye to every reader."""
-        for reader in [
-            *self._everything,
-            *(one for many in self._by_name.values() for one in many),
-        ]:
-            reader.close(reason)
+        self._readers.close(reason)
 
     def event_id(self, seq: int) -> bytes:
         return b"%b-%d" % (self.epoch.encode(), seq)
 
     @property
     def readers(self) -> int:
-        return len(self._everything) + sum(map(len, self._by_name.values()))
+        return len(self._readers)
 
     # Readers
 
     def subscribe_all(self, after: int | None = None) -> AllRequests:
-        reader = AllRequests(self.ring, self.event_id, after)
-        self._everything.add(reader)
-        return reader
+        return self._readers.subscribe_all(after)
 
     def subscribe(self, name: str, after: int | None = None) -> OneRequest:
-        reader = OneRequest(self.event_id, after)
-        for trace in self.traces.find(name):
-            reader.attach(trace)
-        self._by_name.setdefault(name, set()).add(reader)
-        return reader
+        return self._readers.subscribe(name, after)
 
     def unsubscribe(self, reader: AllRequests | OneRequest, name: str | None = None) -> None:
-        if isinstance(reader, AllRequests):
-            self._everything.discard(reader)
-            return
-        assert name is not None
-        readers = self._by_name.get(name, set())
-        readers.discard(reader)
-        if not readers:
-            self._by_name.pop(name, None)
+        self._readers.unsubscribe(reader, name)
 
     def running(self, name: str) -> list[tuple[str, str]]:
         """(internal id, engine) of the choices of this name that still run."""
@@ -323,17 +304,15 @@ class Hub:
     def begin(self, trace: Trace) -> None:
         """Keep a choice from now on, and give it to the readers who wait for it."""
         self.traces.open(trace)
-        for name in trace.aliases:
-            for reader in self._by_name.get(name, ()):
-                reader.attach(trace)
+        self._readers.attach(trace)
 
     def retell(self, trace: Trace, event: Event) -> None:
         """Tell the next event of a recorded choice, with the id that it had; `done` ends it."""
         self._keep(trace, event)
         if event.name == "done":
             self.traces.finish(trace, time.monotonic())
-        self._touch(trace)
-        self._wake()
+        self._readers.touch(trace)
+        self._readers.wake()
 
     def _tell(self, internal_id: str, items: list[Item], now: float) -> None:
         if not items:
@@ -352,29 +331,13 @@ class Hub:
             seq = ring.end
             id_ = b"%b-%d" % (prefix, seq)
             self._keep(trace, Event.make(seq, name, layer, id_, encode(struct), trace))
-        self._touch(trace)
+        self._readers.touch(trace)
 
     def _keep(self, trace: Trace, event: Event) -> None:
         self.ring.append(event)
         self.traces.append(trace, event)
         while self.ring.bytes > self._ring_bytes:
             self.ring.drop_oldest()
-
-    def _touch(self, trace: Trace) -> None:
-        self._wake_all = True
-        for name in trace.aliases:
-            if readers := self._by_name.get(name):
-                self._touched |= readers
-
-    def _wake(self) -> None:
-        if self._wake_all:
-            for reader in self._everything:
-                reader.wake()
-            self._wake_all = False
-        if self._touched:
-            for reader in self._touched:
-                reader.wake()
-            self._touched.clear()
 
     def set_labels(self, labels: dict[int, list[LabelSet]]) -> None:
         """Label sets by layer; of a layer's sets the first that knows a feature names it."""
