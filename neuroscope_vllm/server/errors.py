@@ -22,16 +22,23 @@ class ApiError(Exception):
     """An answer other than 200. `message` says what was asked, why not, and what to do."""
 
     def __init__(
-        self, status: int, message: str, param: str | None = None, code: str | None = None
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after: int | None = None,
     ) -> None:
+        """`retry_after`: seconds, for a 503 that will pass."""
         super().__init__(message)
         self.status = status
+        self.headers = None if retry_after is None else {"retry-after": str(retry_after)}
         self.body = ErrorBody(message, _TYPES.get(status, "server_error"), param, code)
 
 
 def answer(error: ApiError) -> Response:
     content = encoder.encode({"error": error.body})
-    return Response(content, error.status, media_type="application/json")
+    return Response(content, error.status, error.headers, media_type="application/json")
 
 
 def install(app: FastAPI) -> None:

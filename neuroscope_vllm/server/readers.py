@@ -2,14 +2,34 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from neuroscope_vllm.server.subscribe import AllRequests, EventId, OneRequest
 from neuroscope_vllm.server.traces import Log, Trace, TraceStore
 
 
-class Readers:
-    """Readers of everything, and readers by the name that they asked for."""
+class TooManyReaders(Exception):
+    """As many as the settings allow are there."""
 
-    def __init__(self, ring: Log, traces: TraceStore, event_id: EventId) -> None:
+
+class Readers:
+    """Readers of everything, and readers by the name that they asked for, `limit` together.
+
+    So this also bounds the names that are waited for. `subscribe_all` and `subscribe` raise
+    TooManyReaders, which is counted in `readers_refused`.
+    """
+
+    def __init__(
+        self,
+        ring: Log,
+        traces: TraceStore,
+        event_id: EventId,
+        limit: int,
+        counters: Counter[str],
+    ) -> None:
+        self._limit = limit
+        self._counters = counters
+        self._count = 0
         self._ring = ring
         self._traces = traces
         self._event_id = event_id
@@ -19,14 +39,16 @@ class Readers:
         self._wake_all = False
 
     def __len__(self) -> int:
-        return len(self._everything) + sum(map(len, self._by_name.values()))
+        return self._count
 
     def subscribe_all(self, after: int | None) -> AllRequests:
+        self._count_one()
         reader = AllRequests(self._ring, self._event_id, after)
         self._everything.add(reader)
         return reader
 
     def subscribe(self, name: str, after: int | None) -> OneRequest:
+        self._count_one()
         reader = OneRequest(self._event_id, after)
         for trace in self._traces.find(name):
             reader.attach(trace)
@@ -34,14 +56,21 @@ class Readers:
         return reader
 
     def unsubscribe(self, reader: AllRequests | OneRequest, name: str | None) -> None:
+        self._count -= 1
         if isinstance(reader, AllRequests):
-            self._everything.discard(reader)
+            self._everything.remove(reader)
             return
         assert name is not None
-        readers = self._by_name.get(name, set())
-        readers.discard(reader)
+        readers = self._by_name[name]
+        readers.remove(reader)
         if not readers:
-            self._by_name.pop(name, None)
+            del self._by_name[name]
+
+    def _count_one(self) -> None:
+        if self._count >= self._limit:
+            self._counters["readers_refused"] += 1
+            raise TooManyReaders
+        self._count += 1
 
     def attach(self, trace: Trace) -> None:
         """Give a trace that begins to those who wait for it."""
