@@ -52,7 +52,12 @@ def create_app(config: SideConfig, feed: Callable[[Hub], Feed] | None = None) ->
 
     `feed` makes what feeds the hub; None: the engines that connect to `config.endpoint`.
     """
-    app = FastAPI(title="neuroscope", description=DESCRIPTION, lifespan=_lifespan)
+    app = FastAPI(
+        title="neuroscope",
+        description=DESCRIPTION,
+        lifespan=_lifespan,
+        default_response_class=errors.Json,
+    )
     app.state.config = config
     app.state.hub = Hub(config.settings, config.model)
     app.state.listening = False

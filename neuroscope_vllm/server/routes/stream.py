@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Header, Query, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
@@ -42,7 +42,16 @@ class StreamQuery(BaseModel):
     last_event_id: str | None = Field(None, description="As the Last-Event-ID header.")
 
 
-@router.get("/v1/features/stream", response_class=Response)
+_FORMATS: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "Events, until the request ends, or for ever.",
+        "content": {"text/event-stream": {}, "application/x-ndjson": {}},
+    },
+    204: {"description": "Nothing is left to resume."},
+}
+
+
+@router.get("/v1/features/stream", response_class=Response, responses=_FORMATS)
 async def stream_features(
     request: Request,
     query: Annotated[StreamQuery, Query()],
