@@ -64,7 +64,16 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     trace_requests: int = 512
     """Finished requests kept for replay."""
     memory_mb: int = 256
-    """Ceiling of the hub's memory for kept events, MiB."""
+    """Ceiling of what the hub keeps, MiB: traces, and the three parts below."""
+    ring_mb: int | None = None
+    """Of it, for the stream of all requests; default: a quarter."""
+    prefix_mb: int | None = None
+    """Of it, for features of prompts that vLLM may serve from its prefix cache; default: a
+    quarter."""
+    running_mb: int | None = None
+    """Of it, for requests that run, and rows that wait for theirs; default: an eighth."""
+    max_readers: int = 2048
+    """Streams read at the same time."""
 
     record: str | None = None
     """Folder where finished requests are recorded; default: nothing is."""
@@ -82,9 +91,10 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
             raise ConfigError(
                 f"max_frequency is {self.max_frequency}; it must lie above 0 and at most 1."
             )
-        for name in ("trace_requests", "memory_mb"):
+        for name in ("trace_requests", "memory_mb", "max_readers"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        _check_parts(self)
         if not 0 < self.record_rate <= 1:
             raise ConfigError(
                 f"record_rate is {self.record_rate}; it must lie above 0 and at most 1."
@@ -110,6 +120,38 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     def ranking_of(self, calibrated: bool) -> Ranking:
         """The ranking of an SAE that has a calibration or not."""
         return self.ranking or ("zscore" if calibrated else "activation")
+
+
+class Parts(msgspec.Struct, frozen=True):
+    """How `memory_mb` is divided, in bytes."""
+
+    traces: int
+    ring: int
+    prefix: int
+    running: int
+
+
+def parts_of(settings: Settings) -> Parts:
+    """Of a hub with these settings."""
+    memory = settings.memory_mb << 20
+    given = (settings.ring_mb, settings.prefix_mb, settings.running_mb)
+    ring, prefix, running = (
+        memory // usual if mb is None else mb << 20
+        for mb, usual in zip(given, (4, 4, 8), strict=True)
+    )
+    return Parts(memory - ring - prefix - running, ring, prefix, running)
+
+
+def _check_parts(settings: Settings) -> None:
+    for name in ("ring_mb", "prefix_mb", "running_mb"):
+        value = getattr(settings, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"{name} is {value}; it must be at least 1.")
+    if parts_of(settings).traces < 1:
+        raise ConfigError(
+            f"memory_mb is {settings.memory_mb}, which ring_mb, prefix_mb and running_mb leave"
+            " nothing of for finished requests; give memory_mb more, or them less."
+        )
 
 
 def _check_hub(hub: str | None, keys: str | None) -> None:

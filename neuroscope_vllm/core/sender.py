@@ -29,7 +29,28 @@ REFUSED_PAUSE_S = 1.0
 ABSENT_WARNING_S = 30.0
 HEARTBEAT_MS = 2000
 """Over TCP: both ends notice after three that the other's host went away without a word."""
+QUEUED_BYTES = 64 << 20
 _STOP = object()
+
+
+class _Queue(queue.Queue[object]):
+    """Full at a number of messages, or with `QUEUED_BYTES` of them."""
+
+    def _init(self, maxsize: int) -> None:
+        super()._init(maxsize)
+        self._bytes = 0
+
+    def _qsize(self) -> int:
+        return self.maxsize if self._bytes > QUEUED_BYTES else super()._qsize()
+
+    def _put(self, item: object) -> None:
+        super()._put(item)
+        self._bytes += wire.weight(item)
+
+    def _get(self) -> object:
+        item = super()._get()
+        self._bytes -= wire.weight(item)
+        return item
 
 
 class Sender:
@@ -55,7 +76,7 @@ class Sender:
         self._resync = resync
         self._command = command
         self._lost = False
-        self._queue: queue.Queue[object] = queue.Queue(capacity)
+        self._queue = _Queue(capacity)
         self._thread = threading.Thread(target=self._run, name="neuroscope-sender", daemon=True)
 
     def start(self) -> None:
@@ -126,7 +147,10 @@ class Sender:
 
     def _send(self, connection: _Connection, message: wire.Message, count: bool = True) -> bool:
         try:
-            sent = connection.send(wire.encode(message))
+            data = wire.encode(message)
+            if len(data) > wire.MAX_MESSAGE:
+                raise ValueError(f"it has {len(data)} bytes, more than {wire.MAX_MESSAGE}")
+            sent = connection.send(data)
         except (TypeError, ValueError, OverflowError):
             # One message that can not be encoded must not end the stream.
             self.counters["messages_unencodable"] += 1

@@ -23,6 +23,8 @@ from neuroscope_vllm.core.sae.info import SAEInfo
 from neuroscope_vllm.core.steering.spec import SteeringSpec
 
 WIRE_VERSION = 4
+MAX_MESSAGE = 64 << 20
+"""Bytes. The hub hangs up on who sends more, so senders drop it."""
 
 
 class Site(msgspec.Struct, frozen=True):
@@ -274,6 +276,22 @@ _command_decoder = msgspec.msgpack.Decoder(Steer)
 
 def encode(message: Message | Steer) -> bytes:
     return _encoder.encode(message)
+
+
+def weight(message: object) -> int:
+    """Bytes that a message is of in memory, by its arrays: near enough to bound a queue."""
+    match message:
+        case StepFeatures():
+            rows = len(message.positions)
+            layers = sum(3 * len(one.index) + rows for one in message.layers)
+            return layers + 2 * rows + 200 * len(message.spans)
+        case RequestStarted():
+            return len(message.prompt_token_ids)
+        case Resync():
+            return sum(
+                len(one.started.prompt_token_ids) + 8 * len(one.token_ids) for one in message.live
+            )
+    return 0
 
 
 def decode_command(data: bytes | memoryview) -> Steer:

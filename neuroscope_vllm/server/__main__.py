@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import resource
 import shutil
 import signal
 import socket
@@ -28,6 +29,8 @@ logger = logging.getLogger("neuroscope_vllm.server")
 
 POLL_S = 0.1
 GRACEFUL_S = 1
+OTHER_FILES = 1024
+"""Beside those of readers: engines, chats that are passed through, a recording."""
 
 
 class SideServer(uvicorn.Server):
@@ -82,6 +85,21 @@ async def _say_goodbye(server: SideServer, app: FastAPI, runtime_directory: Path
     hub.close("shutdown")
 
 
+def allow_files(wanted: int) -> None:
+    """A reader is an open file; shells often allow 1024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < wanted:
+        logger.warning(
+            "neuroscope: this process may open %d files, too few for max_readers; raise the hard"
+            " limit (ulimit -Hn) to %d.",
+            hard,
+            wanted,
+        )
+        wanted = hard
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
 def run(
     config: SideConfig,
     listener: socket.socket,
@@ -94,6 +112,7 @@ def run(
     """
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
+    allow_files(config.settings.max_readers + OTHER_FILES)
     host, port = listener.getsockname()[:2]
     logger.info("neuroscope: features of %s on http://%s:%s", config.model, host, port)
     app = app or create_app(config)

@@ -47,16 +47,23 @@ class Feed(Protocol):
 
 def create_app(config: SideConfig, feed: Callable[[Hub], Feed] | None = None) -> FastAPI:
     """`app.state`: hub; listening, whether engines can connect; failure, why they never will;
-    upstream, the client for vLLM or None; replay, whether `feed` tells what was recorded.
+    upstream, the client for vLLM or None; passed, how many requests are with vLLM by way of us;
+    replay, whether `feed` tells what was recorded.
 
     `feed` makes what feeds the hub; None: the engines that connect to `config.endpoint`.
     """
-    app = FastAPI(title="neuroscope", description=DESCRIPTION, lifespan=_lifespan)
+    app = FastAPI(
+        title="neuroscope",
+        description=DESCRIPTION,
+        lifespan=_lifespan,
+        default_response_class=errors.Json,
+    )
     app.state.config = config
     app.state.hub = Hub(config.settings, config.model)
     app.state.listening = False
     app.state.failure = None
     app.state.upstream = proxy.client(config.upstream) if config.upstream else None
+    app.state.passed = 0
     app.state.cards = CardReader()
     app.state.replay = feed is not None
     app.state.feed = feed or (lambda hub: Ingest(hub, config.endpoint))

@@ -16,6 +16,8 @@ ANSWER_TIMEOUT_S = 120.0
 IDLE_S = 600.0
 """After which the process, which holds an SAE's weights, ends."""
 MAX_ANSWER = 1 << 24
+MAX_WAITING = 64
+"""Who wants a card while one is read."""
 
 
 class CardError(Exception):
@@ -29,9 +31,19 @@ class CardReader:
         self._process: asyncio.subprocess.Process | None = None
         self._turn = asyncio.Lock()
         self._idle: asyncio.TimerHandle | None = None
+        self._waiting = 0
 
     async def read(self, wanted: Wanted) -> Card:
         """Raises CardError."""
+        if self._waiting >= MAX_WAITING:
+            raise CardError(f"{MAX_WAITING} others wait for a card; try again later.")
+        self._waiting += 1
+        try:
+            return await self._read_in_turn(wanted)
+        finally:
+            self._waiting -= 1
+
+    async def _read_in_turn(self, wanted: Wanted) -> Card:
         async with self._turn:
             if self._idle is not None:
                 self._idle.cancel()

@@ -11,6 +11,7 @@ from neuroscope_vllm.core.steering.spec import SteeringSpec
 
 ANSWER_TIMEOUT_S = 20.0
 """The first command has an engine read its SAEs once more; then it takes a step."""
+MAX_WAITING = 1024
 
 
 class Commands:
@@ -27,9 +28,11 @@ class Commands:
         """Have an engine steer a running choice otherwise.
 
         Raises:
-            ConnectionError: The engine can not be reached.
+            ConnectionError: The engine can not be reached, or has enough to do.
             TimeoutError: It did not answer; the change may still come.
         """
+        if len(self._waiting) >= MAX_WAITING:
+            raise ConnectionError
         command = secrets.token_hex(8)
         answer: asyncio.Future[wire.SteeringChanged] = asyncio.get_running_loop().create_future()
         self._waiting[command] = answer

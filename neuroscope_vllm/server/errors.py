@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import Response
+from fastapi.responses import JSONResponse, Response
+from msgspec.json import schema_components
 from starlette.exceptions import HTTPException
 
 from neuroscope_vllm.core.events import ErrorBody, encoder
@@ -22,20 +25,69 @@ class ApiError(Exception):
     """An answer other than 200. `message` says what was asked, why not, and what to do."""
 
     def __init__(
-        self, status: int, message: str, param: str | None = None, code: str | None = None
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after: int | None = None,
     ) -> None:
+        """`retry_after`: seconds, for a 503 that will pass."""
         super().__init__(message)
         self.status = status
+        self.headers = None if retry_after is None else {"retry-after": str(retry_after)}
         self.body = ErrorBody(message, _TYPES.get(status, "server_error"), param, code)
 
 
 def answer(error: ApiError) -> Response:
     content = encoder.encode({"error": error.body})
-    return Response(content, error.status, media_type="application/json")
+    return Response(content, error.status, error.headers, media_type="application/json")
+
+
+class Json(JSONResponse):
+    """What an engine says may hold NaN, which JSON writes as null."""
+
+    def render(self, content: Any) -> bytes:
+        return encoder.encode(content)
+
+
+def document(app: FastAPI) -> None:
+    """Have the OpenAPI document say what errors are, in place of FastAPI's own."""
+    generate = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            found = generate()
+            components = found.setdefault("components", {}).setdefault("schemas", {})
+            for name in ("HTTPValidationError", "ValidationError"):
+                components.pop(name, None)
+            _, schemas = schema_components([ErrorBody], ref_template="#/components/schemas/{name}")
+            components |= schemas
+            for operation in (one for path in found["paths"].values() for one in path.values()):
+                operation["responses"].pop("422", None)
+                operation["responses"].setdefault("default", _ERROR)
+        return generate()
+
+    app.openapi = openapi
+
+
+_ERROR = {
+    "description": "An error, in OpenAI's form.",
+    "content": {
+        "application/json": {
+            "schema": {
+                "type": "object",
+                "properties": {"error": {"$ref": "#/components/schemas/ErrorBody"}},
+                "required": ["error"],
+            }
+        }
+    },
+}
 
 
 def install(app: FastAPI) -> None:
     """Register the handlers that give every error this shape."""
+    document(app)
 
     @app.exception_handler(ApiError)
     async def _api_error(_: Request, error: ApiError) -> Response:

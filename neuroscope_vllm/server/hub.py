@@ -16,25 +16,29 @@ import msgspec
 from tokenizers import Tokenizer
 
 from neuroscope_vllm.core import events, wire
-from neuroscope_vllm.core.config import Settings
+from neuroscope_vllm.core.config import Settings, parts_of
 from neuroscope_vllm.core.labels import LabelSet
 from neuroscope_vllm.server.commands import Commands
-from neuroscope_vllm.server.join import Choice, Item, Join
+from neuroscope_vllm.server.join import Budget, Choice, Item, Join
 from neuroscope_vllm.server.narrate import Named, Narrator
 from neuroscope_vllm.server.prefix import PrefixCache
+from neuroscope_vllm.server.readers import Readers
 from neuroscope_vllm.server.rows import unpack
-from neuroscope_vllm.server.senders import Sender, Senders
+from neuroscope_vllm.server.senders import FORGOTTEN_AFTER_S, Sender, Senders
+from neuroscope_vllm.server.shown import Shown
 from neuroscope_vllm.server.stages import Stages
 from neuroscope_vllm.server.subscribe import AllRequests, OneRequest
 from neuroscope_vllm.server.traces import Event, Log, Trace, TraceStore
 
 logger = logging.getLogger(__name__)
 
-RING_SHARE = 0.25
-PREFIX_SHARE = 0.25
-"""Parts of the memory ceiling for the stream of all requests and for the features of token
-prefixes; the traces have the rest."""
-
+OPEN_SHARE = 0.75
+"""Of `running_mb`, for the requests themselves; the rest is room for rows, and for answers."""
+OPEN_BYTES = 12_000
+"""What a running choice costs beside its tokens."""
+GONE = "The engine went away while it ran this request."
+MAX_ID = 4096
+"""Characters of a request's ids. vLLM takes X-Request-Id of any length, and every event says it."""
 
 PAUSED_S = 2.0
 """If so long passed between ticks, this process stood still, and has not read what was sent."""
@@ -43,9 +47,13 @@ PAUSED_S = 2.0
 class _Open:
     """A choice that runs."""
 
-    __slots__ = ("choice", "engine", "narrator", "trace")
+    __slots__ = ("bytes", "choice", "engine", "narrator", "since", "trace")
 
-    def __init__(self, narrator: Narrator, choice: Choice, trace: Trace) -> None:
+    def __init__(
+        self, narrator: Narrator, choice: Choice, trace: Trace, size: int, now: float
+    ) -> None:
+        self.bytes = size
+        self.since = now
         self.narrator = narrator
         self.choice = choice
         self.trace = trace
@@ -55,35 +63,27 @@ class _Open:
 class Hub:
     """Everything the side process knows."""
 
-    def __init__(
-        self,
-        settings: Settings,
-        model: str,
-        tokenizer: Tokenizer | None = None,
-    ) -> None:
+    def __init__(self, settings: Settings, model: str, tokenizer: Tokenizer | None = None) -> None:
         self.settings = settings
         self.model = model
         self.tokenizer = tokenizer
-        self.labels: dict[int, list[LabelSet]] = {}
+        self.set_labels({})
         self.epoch = secrets.token_hex(4)
         self.senders = Senders()
         self.counters: Counter[str] = Counter()
         self.commands = Commands()
-        memory = settings.memory_mb * 2**20
-        self._ring_bytes = int(memory * RING_SHARE)
-        prefix_bytes = int(memory * PREFIX_SHARE)
-        self.traces = TraceStore(memory - self._ring_bytes - prefix_bytes, settings.trace_requests)
+        parts = parts_of(settings)
+        self._ring_bytes = parts.ring
+        self.traces = TraceStore(parts.traces, settings.trace_requests)
         self.ring = Log()
-        self.prefixes = PrefixCache(prefix_bytes)
-        self.join = Join(self.prefixes)
+        self.prefixes = PrefixCache(parts.prefix)
+        self.budget = Budget(parts.running)
+        self.join = Join(self.prefixes, self.budget)
         self._stages = Stages()
-        self._label_texts: dict[int, dict[int, str]] = {}
-        self._unreliable: dict[int, frozenset[int]] = {}
         self._open: dict[str, _Open] = {}
-        self._everything: set[AllRequests] = set()
-        self._by_name: dict[str, set[OneRequest]] = {}
-        self._touched: set[OneRequest] = set()
-        self._wake_all = False
+        self._readers = Readers(
+            self.ring, self.traces, self.event_id, settings.max_readers, self.counters
+        )
         self._ticked_at = time.monotonic()
 
     def handle(self, message: wire.Message, now: float | None = None) -> None:
@@ -105,12 +105,15 @@ class Hub:
             case wire.Resync():
                 self._on_resync(message, now)
             case wire.Hello():
+                if not self.senders.admits(message):
+                    self.counters["senders_refused"] += 1
+                    return
                 for lost in self.senders.hello(message, now):
                     self._engine_gone(lost, now)
             case wire.Goodbye():
                 if gone := self.senders.goodbye(message.sender):
                     self._engine_gone(gone, now)
-        self._wake()
+        self._readers.wake()
 
     def tick(self, now: float | None = None) -> None:
         """Do what is due by time; call a few times a second."""
@@ -120,50 +123,43 @@ class Hub:
         self._ticked_at = now
         for gone in self.senders.forget(now):
             self._engine_gone(gone, now)
+        self._end_unheard(now)
         for partial in self._stages.tick(now):
-            self._on_features(partial, now)
+            try:
+                self._on_features(partial, now)
+            except ValueError as error:
+                self.malformed(error)
         for internal_id, items in self.join.tick(now):
             self._tell(internal_id, items, now)
-        self._wake()
+        self._readers.wake()
+
+    def malformed(self, error: Exception) -> None:
+        """A message, or a part of one, is none of ours."""
+        self.counters["messages_malformed"] += 1
+        if self.counters["messages_malformed"] == 1:
+            logger.warning("neuroscope: a malformed message from an engine: %s", error)
 
     def close(self, reason: str) -> None:
         """Say goodbye to every reader."""
-        for reader in [
-            *self._everything,
-            *(one for many in self._by_name.values() for one in many),
-        ]:
-            reader.close(reason)
+        self._readers.close(reason)
 
     def event_id(self, seq: int) -> bytes:
         return b"%b-%d" % (self.epoch.encode(), seq)
 
     @property
     def readers(self) -> int:
-        return len(self._everything) + sum(map(len, self._by_name.values()))
+        return len(self._readers)
 
     # Readers
 
     def subscribe_all(self, after: int | None = None) -> AllRequests:
-        reader = AllRequests(self.ring, self.event_id, after)
-        self._everything.add(reader)
-        return reader
+        return self._readers.subscribe_all(after)
 
     def subscribe(self, name: str, after: int | None = None) -> OneRequest:
-        reader = OneRequest(self.event_id, after)
-        for trace in self.traces.find(name):
-            reader.attach(trace)
-        self._by_name.setdefault(name, set()).add(reader)
-        return reader
+        return self._readers.subscribe(name, after)
 
     def unsubscribe(self, reader: AllRequests | OneRequest, name: str | None = None) -> None:
-        if isinstance(reader, AllRequests):
-            self._everything.discard(reader)
-            return
-        assert name is not None
-        readers = self._by_name.get(name, set())
-        readers.discard(reader)
-        if not readers:
-            self._by_name.pop(name, None)
+        self._readers.unsubscribe(reader, name)
 
     def running(self, name: str) -> list[tuple[str, str]]:
         """(internal id, engine) of the choices of this name that still run."""
@@ -181,11 +177,22 @@ class Hub:
         if internal_id in self._open:
             self.counters["requests_started_twice"] += 1
             return
+        if len(internal_id) > MAX_ID or len(started.request_id) > MAX_ID:
+            self.counters["requests_refused"] += 1
+            self.join.ignore(internal_id)
+            return
+        shown, dense = self.shown, self.senders.dense
         narrator = Narrator(
-            started, self.model, self.label_of, self.unreliable, self.senders.dense, self.tokenizer
+            started, self.model, shown.label_of, shown.unreliable, dense, self.tokenizer
         )
         trace = Trace(internal_id, started.request_id, started.choice, started.created)
         self.begin(trace)
+        self.counters["requests"] += 1
+        size = OPEN_BYTES + 2 * len(wire.encode(started))
+        if self.budget.choices + size > self.budget.limit * OPEN_SHARE:
+            self._refuse(narrator, trace, now)
+            return
+        self.budget.choices += size
         items = self.join.start(
             internal_id,
             narrator.prompt_ids,
@@ -195,10 +202,30 @@ class Hub:
         )
         choice = self.join.get(internal_id)
         assert choice is not None
-        self._open[internal_id] = _Open(narrator, choice, trace)
-        self.counters["requests"] += 1
+        self._open[internal_id] = _Open(narrator, choice, trace, size, now)
         self._publish(trace, [narrator.request(retold)])
         self._tell(internal_id, items, now)
+
+    def _refuse(self, narrator: Narrator, trace: Trace, now: float) -> None:
+        """There is no room to follow it; it runs all the same."""
+        self.counters["requests_refused"] += 1
+        if self.counters["requests_refused"] == 1:
+            logger.warning(
+                "neuroscope: %d requests run, and there is no room to follow another; its readers"
+                " get an error, and requests_refused counts. running_mb and memory_mb give more.",
+                len(self._open),
+            )
+        why = f"{len(self._open)} requests run, and the hub has no room to follow this one."
+        self._publish(trace, [narrator.request(), narrator.error(why), narrator.never_followed()])
+        self.traces.finish(trace, now)
+        self.join.ignore(trace.internal_id)
+
+    def _end_unheard(self, now: float) -> None:
+        """Requests of a scheduler that nobody knows (any more) will never end by themselves."""
+        known = self.senders.schedulers
+        for opened in list(self._open.values()):
+            if opened.engine not in known and now - opened.since > FORGOTTEN_AFTER_S:
+                self._fail(opened, GONE, now)
 
     def _on_scheduled(self, internal_id: str, cached_tokens: int, now: float) -> None:
         if internal_id in self._open:
@@ -242,27 +269,33 @@ class Hub:
         told = {one.started.internal_id for one in message.live}
         for internal_id, opened in list(self._open.items()):
             gone = opened.engine == message.engine and internal_id not in told
-            if gone and not opened.choice.finished:
+            if gone:
                 self._fail(opened, "Its last tokens were lost on their way here.", now)
         for one in message.live:
-            internal_id = one.started.internal_id
-            if internal_id not in self._open:
-                if self.join.ended(internal_id):
-                    continue
-                self._on_started(one.started, now, retold=True)
-            self._catch_up_steering(one.started)
-            if one.cached_tokens is not None:
-                self._on_scheduled(internal_id, one.cached_tokens, now)
-            if internal_id in self._open and not self._open[internal_id].choice.finished:
-                sampled = wire.Sampled(
-                    internal_id,
-                    one.token_ids,
-                    one.finish_reason,
-                    one.stop_reason,
-                    at=0,
-                    computed_tokens=one.computed_tokens,
-                )
-                self._on_sampled(sampled, now)
+            try:
+                self._catch_up(one, now)
+            except ValueError as error:
+                self.malformed(error)
+
+    def _catch_up(self, one: wire.Live, now: float) -> None:
+        internal_id = one.started.internal_id
+        if internal_id not in self._open:
+            if self.join.ended(internal_id):
+                return
+            self._on_started(one.started, now, retold=True)
+        self._catch_up_steering(one.started)
+        if one.cached_tokens is not None:
+            self._on_scheduled(internal_id, one.cached_tokens, now)
+        if internal_id in self._open and not self._open[internal_id].choice.finished:
+            sampled = wire.Sampled(
+                internal_id,
+                one.token_ids,
+                one.finish_reason,
+                one.stop_reason,
+                at=0,
+                computed_tokens=one.computed_tokens,
+            )
+            self._on_sampled(sampled, now)
 
     def _catch_up_steering(self, started: wire.RequestStarted) -> None:
         """The word that a choice is steered otherwise may have been lost."""
@@ -305,35 +338,31 @@ class Hub:
         if sender.hello.role != "scheduler":
             return
         for opened in list(self._open.values()):
-            if opened.engine == sender.hello.engine and not opened.choice.finished:
-                self._fail(opened, "The engine went away while it ran this request.", now)
+            if opened.engine == sender.hello.engine:
+                self._fail(opened, GONE, now)
 
     def _fail(self, opened: _Open, message: str, now: float) -> None:
-        started = opened.narrator.started
-        error = events.ErrorBody(message, "server_error")
-        event = events.ErrorEvent(started.request_id, started.choice, error, started.internal_id)
-        self._publish(opened.trace, [("error", None, event)])
+        if opened.choice.finished:
+            return
+        internal_id = opened.trace.internal_id
+        self._publish(opened.trace, [opened.narrator.error(message)])
         self.counters["requests_failed"] += 1
-        self._tell(
-            started.internal_id, self.join.extend(started.internal_id, [], "error", now), now
-        )
+        self._tell(internal_id, self.join.extend(internal_id, [], "error", now), now)
 
     # Events
 
     def begin(self, trace: Trace) -> None:
         """Keep a choice from now on, and give it to the readers who wait for it."""
         self.traces.open(trace)
-        for name in trace.aliases:
-            for reader in self._by_name.get(name, ()):
-                reader.attach(trace)
+        self._readers.attach(trace)
 
     def retell(self, trace: Trace, event: Event) -> None:
         """Tell the next event of a recorded choice, with the id that it had; `done` ends it."""
         self._keep(trace, event)
         if event.name == "done":
             self.traces.finish(trace, time.monotonic())
-        self._touch(trace)
-        self._wake()
+        self._readers.touch(trace)
+        self._readers.wake()
 
     def _tell(self, internal_id: str, items: list[Item], now: float) -> None:
         if not items:
@@ -342,6 +371,7 @@ class Hub:
         self._publish(opened.trace, opened.narrator.tell(items, opened.choice))
         if opened.choice.ended:
             del self._open[internal_id]
+            self.budget.choices -= opened.bytes
             self.traces.finish(opened.trace, now)
             self.counters["requests_done"] += 1
 
@@ -352,7 +382,7 @@ class Hub:
             seq = ring.end
             id_ = b"%b-%d" % (prefix, seq)
             self._keep(trace, Event.make(seq, name, layer, id_, encode(struct), trace))
-        self._touch(trace)
+        self._readers.touch(trace)
 
     def _keep(self, trace: Trace, event: Event) -> None:
         self.ring.append(event)
@@ -360,41 +390,7 @@ class Hub:
         while self.ring.bytes > self._ring_bytes:
             self.ring.drop_oldest()
 
-    def _touch(self, trace: Trace) -> None:
-        self._wake_all = True
-        for name in trace.aliases:
-            if readers := self._by_name.get(name):
-                self._touched |= readers
-
-    def _wake(self) -> None:
-        if self._wake_all:
-            for reader in self._everything:
-                reader.wake()
-            self._wake_all = False
-        if self._touched:
-            for reader in self._touched:
-                reader.wake()
-            self._touched.clear()
-
     def set_labels(self, labels: dict[int, list[LabelSet]]) -> None:
-        """Label sets by layer; of a layer's sets the first that knows a feature names it."""
+        """Label sets by layer, in order of preference."""
         self.labels = labels
-        shown = {
-            layer: {label.index: label for one in reversed(sets) for label in one}
-            for layer, sets in labels.items()
-        }
-        self._label_texts = {
-            layer: {index: label.text for index, label in of.items()} for layer, of in shown.items()
-        }
-        self._unreliable = {
-            layer: frozenset(index for index, label in of.items() if label.unreliable)
-            for layer, of in shown.items()
-        }
-
-    def label_of(self, layer: int, index: int) -> str | None:
-        texts = self._label_texts.get(layer)
-        return None if texts is None else texts.get(index)
-
-    def unreliable(self, layer: int) -> frozenset[int]:
-        """Features of a layer whose label, the one that `label_of` gives, is unreliable."""
-        return self._unreliable.get(layer, frozenset())
+        self.shown = Shown(labels)

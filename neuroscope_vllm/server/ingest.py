@@ -13,6 +13,7 @@ import logging
 import os
 import socket
 import time
+from collections import OrderedDict
 from pathlib import Path
 
 import msgspec
@@ -24,6 +25,7 @@ from neuroscope_vllm.core import wire
 from neuroscope_vllm.core.errors import ConfigError
 from neuroscope_vllm.core.keys import REFUSED, Keys, read_endpoint
 from neuroscope_vllm.server.hub import Hub
+from neuroscope_vllm.server.senders import MAX_SENDERS
 
 logger = logging.getLogger(__name__)
 
@@ -43,17 +45,20 @@ class Ingest:
 
     def __init__(self, hub: Hub, endpoint: str) -> None:
         self._hub = hub
-        self._schedulers: dict[str, bytes] = {}  # by engine: the address that ZMQ gave it
+        # By engine: the address that ZMQ gave its scheduler; the latest MAX_SENDERS.
+        self._schedulers: OrderedDict[str, bytes] = OrderedDict()
         self._address, self._keys = read_endpoint(endpoint)
         self._context = zmq.Context()
         self._authenticator = ThreadAuthenticator(self._context)
         self._socket = self._context.socket(zmq.ROUTER)
-        self._socket.setsockopt(zmq.RCVHWM, 4096)
+        self._socket.setsockopt(zmq.RCVHWM, 1024)
+        self._socket.setsockopt(zmq.MAXMSGSIZE, wire.MAX_MESSAGE)
         self._socket.setsockopt(zmq.LINGER, 0)
         # Else what is sent to one that is gone is lost without a word.
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self._monitor: zmq.Socket[bytes] | None = None
         self._warn_at = 0.0
+        self._trip_at = 0.0
         self._tick: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -156,23 +161,40 @@ class Ingest:
         try:
             message = wire.decode(data)
             if isinstance(message, wire.Hello) and message.role == "scheduler":
-                self._schedulers[message.engine] = address
+                self._heard(message.engine, address)
             self._hub.handle(message)
-        except (msgspec.MsgspecError, ValueError) as error:
-            counters["messages_malformed"] += 1
-            if counters["messages_malformed"] == 1:
-                logger.warning("neuroscope: a malformed message from an engine: %s", error)
-        except Exception:
+        except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+            self._hub.malformed(error)
+        except Exception as error:
             # A message that trips us must not end the listening.
             counters["messages_failed"] += 1
-            logger.exception("neuroscope: a message could not be handled")
+            self._trip("a message could not be handled", error)
+
+    def _heard(self, engine: str, address: bytes) -> None:
+        self._schedulers[engine] = address
+        self._schedulers.move_to_end(engine)
+        if len(self._schedulers) > MAX_SENDERS:
+            self._schedulers.popitem(last=False)
 
     async def _ticking(self) -> None:
         with contextlib.suppress(asyncio.CancelledError):
             while True:
                 await asyncio.sleep(TICK_S)
-                self._hub.tick()
-                self._note_refusals()
+                try:
+                    self._hub.tick()
+                    self._note_refusals()
+                except Exception as error:
+                    self._hub.counters["ticks_failed"] += 1
+                    self._trip("what was due could not be done", error)
+                self._drain()  # the wake-up is lost where a message failed for want of memory
+
+    def _trip(self, what: str, error: Exception) -> None:
+        """Log a fault, unless there was one a short while ago."""
+        if time.monotonic() >= self._trip_at:
+            self._trip_at = time.monotonic() + WARNING_PAUSE_S
+            logger.error(
+                "neuroscope: %s; others of the next minute are only counted", what, exc_info=error
+            )
 
 
 def _answers(path: Path) -> bool:

@@ -21,8 +21,8 @@ FINISH_WAIT_S = 2.0
 """How long a finished choice waits for rows that are still on their way."""
 ORPHAN_WAIT_S = 5.0
 """How long rows wait for a RequestStarted that comes on another socket."""
-HELD_ROWS_PER_CHOICE = 16_384
-ORPHAN_ROWS = 32_768
+ORPHAN_SHARE = 0.5
+"""Of what all waiting rows may take."""
 ENDED_IDS = 32_768
 """More than all engines together tell again after a loss."""
 
@@ -54,6 +54,19 @@ class Done(NamedTuple):
 Item = Placed | Gap | Done
 
 
+class Budget:
+    """Bytes that all choices, and all rows that wait, take together."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.choices = 0
+        self.rows = 0
+
+    @property
+    def exceeded(self) -> bool:
+        return self.choices + self.rows > self.limit
+
+
 class _Span:
     """Rows [next, stop) of a message that still have to be placed."""
 
@@ -64,11 +77,17 @@ class _Span:
         self.next = start
         self.stop = stop
 
+    def rest(self) -> _Span:
+        """What is not placed, for itself."""
+        return _Span(self.rows.part(self.next, self.stop), 0, self.stop - self.next)
+
 
 class Choice:
     """The context of one choice as known so far, and how much of it has come out."""
 
-    def __init__(self, prompt_ids: list[int], walk: PrefixWalk, counters: Counter[str]) -> None:
+    def __init__(
+        self, prompt_ids: list[int], walk: PrefixWalk, counters: Counter[str], budget: Budget
+    ) -> None:
         self.ids = array("i", prompt_ids)
         self.prompt_tokens = len(prompt_ids)
         self.cached_tokens: int | None = None
@@ -80,7 +99,7 @@ class Choice:
         self._finish_reason: str | None = None
         self._computed_tokens: int | None = None
         self._held: deque[_Span] = deque()
-        self._held_rows = 0
+        self._budget = budget
         self._walk = walk
         self._counters = counters
 
@@ -94,7 +113,7 @@ class Choice:
         span = _Span(rows, start, stop)
         self._place(span, out)
         if span.next < span.stop:
-            self._hold(span)
+            self._hold(span.rest())
         self._maybe_end(out)
         return out
 
@@ -209,19 +228,24 @@ class Choice:
 
     def _hold(self, span: _Span) -> None:
         self._held.append(span)
-        self._held_rows += span.stop - span.next
-        while self._held_rows > HELD_ROWS_PER_CHOICE:
+        self._budget.rows += span.rows.bytes
+        while self._budget.exceeded and self._held:
             oldest = self._held.popleft()
-            self._held_rows -= oldest.stop - oldest.next
+            self._budget.rows -= oldest.rows.bytes
             self._counters["rows_held_too_long"] += oldest.stop - oldest.next
 
     def _retry(self, out: list[Item]) -> None:
         """Place held spans anew, in the order they came."""
-        held, self._held, self._held_rows = self._held, deque(), 0
+        held = self._take_held()
         for span in held:
             self._place(span, out)
             if span.next < span.stop:
                 self._hold(span)
+
+    def _take_held(self) -> deque[_Span]:
+        held, self._held = self._held, deque()
+        self._budget.rows -= sum(span.rows.bytes for span in held)
+        return held
 
     def _maybe_end(self, out: list[Item]) -> None:
         if self._finish_reason is None or self.ended or self.next < self._featured():
@@ -230,6 +254,7 @@ class Choice:
             out.append(Placed(position, self.ids[position]))
         self.next = len(self.ids)
         self.ended = True
+        self._take_held()
         out.append(Done(self._finish_reason))
 
 
@@ -237,27 +262,35 @@ class Orphan(NamedTuple):
     since: float
     internal_id: str
     rows: Rows
-    start: int
-    stop: int
 
 
 class Join:
-    """All choices by internal id, and the rows that came before their request."""
+    """All choices by internal id, and the rows that came before their request.
 
-    def __init__(self, prefixes: PrefixCache) -> None:
+    `budget.choices` is for who starts and ends them to count.
+    """
+
+    def __init__(self, prefixes: PrefixCache, budget: Budget) -> None:
         self.counters: Counter[str] = Counter()
         self._prefixes = prefixes
         self._choices: dict[str, Choice] = {}
         self._orphans: deque[Orphan] = deque()
-        self._orphan_rows = 0
-        self._ended: OrderedDict[str, None] = OrderedDict()
+        self._orphan_bytes = 0
+        self._budget = budget
+        self._ended: OrderedDict[int, None] = OrderedDict()  # hashes: an id may be long
 
     def get(self, internal_id: str) -> Choice | None:
         return self._choices.get(internal_id)
 
     def ended(self, internal_id: str) -> bool:
         """Whether a choice of this id came to its end, not too long ago."""
-        return internal_id in self._ended
+        return hash(internal_id) in self._ended
+
+    def ignore(self, internal_id: str) -> None:
+        """Treat a choice that never started as one that ended."""
+        self._ended[hash(internal_id)] = None
+        if len(self._ended) > ENDED_IDS:
+            self._ended.popitem(last=False)
 
     def start(
         self,
@@ -270,15 +303,16 @@ class Join:
         """A choice begins; rows that came first are placed as soon as it is scheduled. The rest:
         as in `PrefixWalk`."""
         walk = PrefixWalk(self._prefixes, prefix_root, edited_from, salt)
-        choice = self._choices[internal_id] = Choice(prompt_ids, walk, self.counters)
-        self._ended.pop(internal_id, None)
+        choice = Choice(prompt_ids, walk, self.counters, self._budget)
+        self._choices[internal_id] = choice
+        self._ended.pop(hash(internal_id), None)
         out: list[Item] = []
-        waiting, self._orphans, self._orphan_rows = self._orphans, deque(), 0
-        for orphan in waiting:
-            if orphan.internal_id == internal_id:
-                out += choice.add(orphan.rows, orphan.start, orphan.stop)
-            else:
-                self._adopt_later(orphan)
+        mine = [orphan for orphan in self._orphans if orphan.internal_id == internal_id]
+        if mine:
+            self._orphans = deque(o for o in self._orphans if o.internal_id != internal_id)
+        for orphan in mine:
+            self._release(orphan)
+            out += choice.add(orphan.rows, 0, len(orphan.rows.positions))
         return out
 
     def add(self, internal_id: str, rows: Rows, start: int, stop: int, now: float) -> list[Item]:
@@ -286,10 +320,10 @@ class Join:
         choice = self._choices.get(internal_id)
         if choice is not None:
             return self._swept(internal_id, choice, choice.add(rows, start, stop))
-        if internal_id in self._ended:
+        if self.ended(internal_id):
             self.counters["rows_after_end"] += stop - start
-        else:
-            self._adopt_later(Orphan(now, internal_id, rows, start, stop))
+        elif start < stop:
+            self._adopt_later(Orphan(now, internal_id, rows.part(start, stop)))
         return []
 
     def scheduled(self, internal_id: str, cached_tokens: int) -> list[Item]:
@@ -323,19 +357,24 @@ class Join:
 
     def _adopt_later(self, orphan: Orphan) -> None:
         self._orphans.append(orphan)
-        self._orphan_rows += orphan.stop - orphan.start
-        while self._orphan_rows > ORPHAN_ROWS:
+        self._orphan_bytes += orphan.rows.bytes
+        self._budget.rows += orphan.rows.bytes
+        while self._orphans and (
+            self._budget.exceeded or self._orphan_bytes > self._budget.limit * ORPHAN_SHARE
+        ):
             self._drop_orphan()
 
     def _drop_orphan(self) -> None:
         orphan = self._orphans.popleft()
-        self._orphan_rows -= orphan.stop - orphan.start
-        self.counters["rows_of_unknown_request"] += orphan.stop - orphan.start
+        self._release(orphan)
+        self.counters["rows_of_unknown_request"] += len(orphan.rows.positions)
+
+    def _release(self, orphan: Orphan) -> None:
+        self._orphan_bytes -= orphan.rows.bytes
+        self._budget.rows -= orphan.rows.bytes
 
     def _swept(self, internal_id: str, choice: Choice, out: list[Item]) -> list[Item]:
         if choice.ended:
             del self._choices[internal_id]
-            self._ended[internal_id] = None
-            if len(self._ended) > ENDED_IDS:
-                self._ended.popitem(last=False)
+            self.ignore(internal_id)
         return out

@@ -90,6 +90,27 @@ class Narrator:
         )
         return "request", None, event
 
+    def error(self, message: str) -> Named:
+        started = self.started
+        error = events.ErrorBody(message, "server_error")
+        event = events.ErrorEvent(started.request_id, started.choice, error, started.internal_id)
+        return "error", None, event
+
+    def never_followed(self) -> Named:
+        """The end of a choice of which only its begin was told."""
+        started = self.started
+        event = events.DoneEvent(
+            started.request_id,
+            started.choice,
+            "error",
+            prompt_tokens=self.prompt_tokens,
+            completion_tokens=0,
+            cached_tokens=0,
+            dropped=self.prompt_tokens,
+            internal_id=started.internal_id,
+        )
+        return "done", None, event
+
     def steering(self, changed: wire.SteeringChanged) -> Named:
         event = events.SteeringEvent(
             request_id=self.started.request_id,

@@ -23,6 +23,8 @@ ENTRY_OVERHEAD_BYTES = 400
 """What an entry costs beside its arrays: dictionary, digest, objects."""
 
 Block = list[wire.LayerFeatures]
+Row = list[tuple[int, list[int], list[float], list[float], int, int]]
+"""What a LayerRows has of one row, for each layer: to keep it does not keep the whole step."""
 
 
 class PrefixCache:
@@ -79,7 +81,7 @@ class PrefixWalk:
         self._edited_from, self._salt = edited_from, salt
         self._put: deque[tuple[int, bytes]] = deque(maxlen=LATE // BLOCK)  # ends and digests
         self._ids = array("i")  # of the block that has begun
-        self._rows: list[tuple[Rows, int]] = []  # likewise; fewer where a row is missing
+        self._rows: list[Row] = []  # likewise; fewer where a row is missing
 
     def edit_from(self, position: int, salt: bytes) -> None:
         """It is steered otherwise from `position` on. Rows of it that came before the word of the
@@ -99,7 +101,19 @@ class PrefixWalk:
         """The next position and its row, None if it has none."""
         self._ids.append(token_id)
         if rows is not None:
-            self._rows.append((rows, row))
+            self._rows.append(
+                [
+                    (
+                        one.layer,
+                        one.index[row],
+                        one.activation[row],
+                        one.score[row],
+                        one.l0[row],
+                        one.sink[row],
+                    )
+                    for one in rows.layers
+                ]
+            )
         if len(self._ids) < BLOCK:
             return
         self._turn()
@@ -137,28 +151,24 @@ class PrefixWalk:
         self._ids = array("i")
 
 
-def pack(rows: list[tuple[Rows, int]]) -> Block | None:
+def pack(rows: list[Row]) -> Block | None:
     """Rows of many messages as arrays, or None if they are not all of the same layers."""
-    layers = [layer.layer for layer in rows[0][0].layers]
+    if any(len(row) != len(rows[0]) for row in rows):
+        return None
     block: Block = []
-    for at, layer in enumerate(layers):
-        columns = []
-        for one, row in rows:
-            if len(one.layers) != len(layers) or one.layers[at].layer != layer:
-                return None
-            columns.append((one.layers[at], row))
-        first, row = columns[0]
+    for columns in zip(*rows, strict=True):
+        layers, index, activation, score, l0, sink = zip(*columns, strict=True)
+        if len(set(layers)) > 1:
+            return None
         block.append(
             wire.LayerFeatures(
-                layer=layer,
-                top_k=len(first.index[row]),
-                index=array("i", chain.from_iterable(c.index[r] for c, r in columns)).tobytes(),
-                activation=array(
-                    "f", chain.from_iterable(c.activation[r] for c, r in columns)
-                ).tobytes(),
-                score=array("f", chain.from_iterable(c.score[r] for c, r in columns)).tobytes(),
-                l0=array("i", [c.l0[r] for c, r in columns]).tobytes(),
-                sink=bytes([c.sink[r] for c, r in columns]),
+                layer=layers[0],
+                top_k=len(index[0]),
+                index=array("i", chain.from_iterable(index)).tobytes(),
+                activation=array("f", chain.from_iterable(activation)).tobytes(),
+                score=array("f", chain.from_iterable(score)).tobytes(),
+                l0=array("i", l0).tobytes(),
+                sink=bytes(sink),
             )
         )
     return block

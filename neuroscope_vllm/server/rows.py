@@ -14,6 +14,9 @@ from numpy.typing import NDArray
 from neuroscope_vllm.core import wire
 from neuroscope_vllm.core.events import SteeredFeature
 
+ROWS_OVERHEAD_BYTES = 700
+"""Of the lists around rows, for each layer."""
+
 
 @dataclass(frozen=True, slots=True)
 class LayerRows:
@@ -38,6 +41,36 @@ class Rows(NamedTuple):
     layers: list[LayerRows]
     steered: Mapping[tuple[int, int], list[SteeredFeature]] = MappingProxyType({})
     hits: Mapping[int, list[wire.RuleHit]] = MappingProxyType({})
+
+    def part(self, start: int, stop: int) -> Rows:
+        """Rows [start, stop) for themselves: to keep them keeps no others."""
+        layers = [
+            LayerRows(
+                one.layer,
+                one.index[start:stop],
+                one.activation[start:stop],
+                one.score[start:stop],
+                one.l0[start:stop],
+                one.sink[start:stop],
+            )
+            for one in self.layers
+        ]
+        steered = {
+            (row - start, layer): found
+            for (row, layer), found in self.steered.items()
+            if start <= row < stop
+        }
+        hits = {row - start: met for row, met in self.hits.items() if start <= row < stop}
+        return Rows(self.positions[start:stop], self.token_ids[start:stop], layers, steered, hits)
+
+    @property
+    def bytes(self) -> int:
+        """What they take in memory, estimated generously."""
+        size = ROWS_OVERHEAD_BYTES + 500 * (len(self.steered) + len(self.hits))
+        for one in self.layers:
+            top_k = len(one.index[0]) if one.index else 0
+            size += ROWS_OVERHEAD_BYTES + len(one.index) * (300 + 120 * top_k)
+        return size
 
 
 def unpack(message: wire.StepFeatures) -> Rows:
@@ -64,6 +97,8 @@ def unpack(message: wire.StepFeatures) -> Rows:
 def _steered(
     message: wire.SteeredRows, spans: list[wire.Span]
 ) -> dict[tuple[int, int], list[SteeredFeature]]:
+    if not 0 <= message.span < len(spans):
+        raise ValueError(f"steered rows are of span {message.span}, which is none of {len(spans)}")
     span = spans[message.span]
     shape = (span.stop - span.start, len(message.features))
     before = _shortest(wire.float32(message.before).reshape(shape))
@@ -82,6 +117,8 @@ def _steered(
 
 def unpack_layer(message: wire.LayerFeatures, rows: int) -> LayerRows:
     """One layer of `rows` rows. Raises ValueError when an array has another size."""
+    if message.top_k < 0:  # which numpy would take for: as many as there are
+        raise ValueError(f"top_k is {message.top_k}")
     shape = (rows, message.top_k)
     return LayerRows(
         message.layer,

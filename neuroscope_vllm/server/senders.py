@@ -11,6 +11,8 @@ from neuroscope_vllm.core import wire
 LOST_AFTER_S = 5.0
 """Senders say hello once a second."""
 FORGOTTEN_AFTER_S = 60.0
+MAX_SENDERS = 1024
+"""Two and more an engine; others are refused, and counted."""
 
 
 class Sender:
@@ -31,6 +33,10 @@ class Senders:
         self._senders: dict[str, Sender] = {}
         self._dense: dict[int, frozenset[int]] = {}
 
+    def admits(self, hello: wire.Hello) -> bool:
+        """Whether it is known, or there is room for it."""
+        return hello.sender in self._senders or len(self._senders) < MAX_SENDERS
+
     def hello(self, hello: wire.Hello, now: float) -> list[Sender]:
         """Refresh a sender; returns the lost ones that it takes the place of, as a server that
         was started again does."""
@@ -44,7 +50,8 @@ class Senders:
             for other in replaced:
                 del self._senders[other.hello.sender]
         self._senders[hello.sender] = Sender(hello, now)
-        self._dense |= {site.layer: frozenset(site.dense) for site in hello.sites}
+        if hello.sites:
+            self._dense = {site.layer: frozenset(site.dense) for site in self.sites()}
         return replaced
 
     def excuse(self, pause: float) -> None:
@@ -70,6 +77,12 @@ class Senders:
     def dense(self, layer: int) -> frozenset[int]:
         """Features of a layer that fire nearly everywhere."""
         return self._dense.get(layer, frozenset())
+
+    @property
+    def schedulers(self) -> set[str]:
+        """Engines whose scheduler is known."""
+        hellos = [sender.hello for sender in self._senders.values()]
+        return {hello.engine for hello in hellos if hello.role == "scheduler"}
 
     @property
     def heard_worker(self) -> bool:

@@ -20,6 +20,8 @@ from neuroscope_vllm.server.subscribe import AllRequests, OneRequest
 from neuroscope_vllm.server.view import View
 
 BATCH_EVENTS = 256
+BATCH_BYTES = 1 << 16
+"""What a reader that is stuck holds, beside as much in its socket's buffer."""
 REST_S = 0.0002
 PING_S = 15
 SEND_TIMEOUT_S = 10.0
@@ -50,10 +52,11 @@ async def stream(reader: AllRequests | OneRequest, view: View, pace: Pace) -> As
     """What the reader gets, in as few writes as its pace allows."""
     yield view.opening
     while not reader.ended:
-        batch = reader.take(BATCH_EVENTS)
+        batch = reader.take(BATCH_EVENTS, BATCH_BYTES)
         if chunk := view.render(batch):
             yield chunk
-            if len(batch) < BATCH_EVENTS and not reader.ended:
+            whole = len(batch) >= BATCH_EVENTS or len(chunk) >= BATCH_BYTES
+            if not whole and not reader.ended:
                 await pace.rest()
         elif not batch and not reader.ended:
             await reader.wait()

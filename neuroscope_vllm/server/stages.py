@@ -15,12 +15,16 @@ from neuroscope_vllm.core import wire
 WAIT_S = 1.0
 """How long a step waits for its other stages."""
 WAITING_STEPS = 64
+"""Of an engine."""
+WAITING_BYTES = 64 << 20
+"""Of all engines."""
 
 
 @dataclass(slots=True)
 class _Partial:
     since: float
     message: wire.StepFeatures
+    bytes: int
 
 
 class Stages:
@@ -28,6 +32,7 @@ class Stages:
 
     def __init__(self) -> None:
         self._waiting: dict[str, dict[int, _Partial]] = {}  # by engine and step
+        self._bytes = 0
 
     def add(self, message: wire.StepFeatures, now: float) -> list[wire.StepFeatures]:
         """The messages that are ready now. One that stayed incomplete comes without its missing
@@ -40,26 +45,43 @@ class Stages:
         waiting = self._waiting.setdefault(message.engine, {})
         partial = waiting.get(message.step)
         if partial is None:
-            waiting[message.step] = _Partial(now, message)
-            return self._take(waiting, len(waiting) - WAITING_STEPS)
-        partial.message = _merged(partial.message, message)
-        if len(partial.message.layers) < message.num_layers:
-            return []
-        return self._take(waiting, 1 + sorted(waiting).index(message.step))
+            waiting[message.step] = partial = _Partial(now, message, 0)
+        else:
+            partial.message = _merged(partial.message, message)
+        self._bytes += (size := _size(message))
+        partial.bytes += size
+        if len(partial.message.layers) >= message.num_layers:
+            ready = 1 + sorted(waiting).index(message.step)
+        elif self._bytes > WAITING_BYTES:
+            ready = len(waiting)
+        else:
+            ready = len(waiting) - WAITING_STEPS
+        return self._take(message.engine, ready)
 
     def tick(self, now: float) -> list[wire.StepFeatures]:
         """Steps whose other stages will not speak any more."""
         ready: list[wire.StepFeatures] = []
-        for waiting in self._waiting.values():
+        for engine, waiting in list(self._waiting.items()):
             late = [step for step, partial in waiting.items() if now - partial.since > WAIT_S]
             if late:
-                ready += self._take(waiting, 1 + sorted(waiting).index(max(late)))
+                ready += self._take(engine, 1 + sorted(waiting).index(max(late)))
         return ready
 
-    @staticmethod
-    def _take(waiting: dict[int, _Partial], count: int) -> list[wire.StepFeatures]:
+    def _take(self, engine: str, count: int) -> list[wire.StepFeatures]:
         """The oldest `count` steps."""
-        return [waiting.pop(step).message for step in sorted(waiting)[: max(count, 0)]]
+        waiting = self._waiting[engine]
+        taken = [waiting.pop(step) for step in sorted(waiting)[: max(count, 0)]]
+        self._bytes -= sum(partial.bytes for partial in taken)
+        if not waiting:
+            del self._waiting[engine]
+        return [partial.message for partial in taken]
+
+
+def _size(message: wire.StepFeatures) -> int:
+    """Bytes of its arrays, and something for what surrounds them."""
+    layers = sum(len(one.index) + len(one.activation) + len(one.score) for one in message.layers)
+    steered = sum(len(one.before) + len(one.after) for one in message.steered)
+    return layers + steered + 2 * len(message.positions) + 200 * len(message.spans) + 2000
 
 
 def _merged(one: wire.StepFeatures, other: wire.StepFeatures) -> wire.StepFeatures:

@@ -9,12 +9,13 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from itertools import accumulate, chain
 from typing import Protocol
 
 import msgspec
 
 from neuroscope_vllm.core import events
-from neuroscope_vllm.server.traces import Event, Log, Trace
+from neuroscope_vllm.server.traces import UNBOUNDED, Event, Log, Trace
 
 SIBLING_GRACE_S = 0.5
 """After the last known choice of a request is done, how long another one may still begin."""
@@ -25,7 +26,7 @@ EventId = Callable[[int], bytes]
 class Subscription(Protocol):
     ended: bool
 
-    def take(self, limit: int) -> list[Event]: ...
+    def take(self, limit: int, max_bytes: int = ...) -> list[Event]: ...
     async def wait(self) -> None: ...
 
 
@@ -82,14 +83,14 @@ class AllRequests(_Base):
         if after is not None and after + 1 < log.first:
             self._cursor = after + 1  # the gap tells how many are gone
 
-    def take(self, limit: int) -> list[Event]:
+    def take(self, limit: int, max_bytes: int = UNBOUNDED) -> list[Event]:
         log = self._log
         if self._cursor < log.first:
             reason = "evicted" if self._resuming else "slow_reader"
             self.tell_gap(reason, log.first - self._cursor, log.first - 1)
             self._cursor = log.first
         self._resuming = False
-        batch = log.read(self._cursor, limit)
+        batch = log.read(self._cursor, limit, max_bytes)
         self._cursor += len(batch)
         return self._taken(batch)
 
@@ -105,8 +106,11 @@ class OneRequest(_Base):
         super().__init__(event_id)
         self._after = after
         self._cursors: dict[Trace, int] = {}
+        self._attached = False
+        self._last_end = 0.0  # of those that were read to their end, and are forgotten
 
     def attach(self, trace: Trace) -> None:
+        self._attached = True
         if self._after is None:
             self._cursors[trace] = 0
             return
@@ -115,32 +119,44 @@ class OneRequest(_Base):
         self._cursors[trace] = 0 if lost else trace.after(self._after)
         self.wake()
 
-    def take(self, limit: int) -> list[Event]:
+    def take(self, limit: int, max_bytes: int = UNBOUNDED) -> list[Event]:
         for trace, cursor in self._cursors.items():
             if cursor < trace.first:
                 first = trace.get(trace.first)
                 self.tell_gap("evicted", trace.first - cursor, first.seq - 1 if first else None)
                 self._cursors[trace] = trace.first
-        slices = {trace: trace.read(at, limit) for trace, at in self._cursors.items()}
-        batch = [event for taken in slices.values() for event in taken]
-        if len(slices) > 1:
-            batch = sorted(batch, key=lambda event: event.seq)[:limit]
+        slices = [trace.read(at, limit, max_bytes) for trace, at in self._cursors.items()]
+        batch = slices[0] if len(slices) == 1 else _merged(slices, limit, max_bytes)
         for event in batch:
             assert event.trace is not None
             self._cursors[event.trace] = event.at + 1
         taken = self._taken(batch)
-        if not taken and self._cursors and self._grace_left() <= 0:
+        self._forget_ended()
+        if not taken and self._attached and self._grace_left() <= 0:
             self.ended = True
         return taken
 
+    def _forget_ended(self) -> None:
+        """A name may be used again and again, while this reader stays."""
+        for trace, cursor in list(self._cursors.items()):
+            if trace.finished_at is not None and cursor == trace.end:
+                self._last_end = max(self._last_end, trace.finished_at)
+                del self._cursors[trace]
+
     def _grace_left(self) -> float:
         """Seconds until this stream may end; infinite while a choice runs."""
-        finished = [trace.finished_at for trace in self._cursors]
-        last = max(
-            (at if at is not None else float("inf") for at in finished), default=float("inf")
-        )
-        return last + SIBLING_GRACE_S - time.monotonic()
+        if self._cursors or not self._attached:
+            return float("inf")
+        return self._last_end + SIBLING_GRACE_S - time.monotonic()
 
     async def wait(self) -> None:
         left = self._grace_left()
         await self._sleep(None if left == float("inf") else max(left, 0.0))
+
+
+def _merged(slices: list[list[Event]], limit: int, max_bytes: int) -> list[Event]:
+    """The first events of several choices, as they were told."""
+    events = sorted(chain.from_iterable(slices), key=lambda event: event.seq)[:limit]
+    sizes = accumulate(len(event.frame) for event in events)
+    count = next((n for n, size in enumerate(sizes, 1) if size >= max_bytes), limit)
+    return events[:count]

@@ -13,6 +13,7 @@ import msgspec
 
 from neuroscope_vllm.core.recording.record import aliases
 
+UNBOUNDED = 1 << 62
 EVENT_OVERHEAD_BYTES = 400
 """Python objects around one kept event, measured generously."""
 
@@ -76,10 +77,16 @@ class Log:
         self.first += 1
         self.bytes -= event.size
 
-    def read(self, cursor: int, limit: int) -> list[Event]:
-        """Up to `limit` events from `cursor` on, which must not lie before `first`."""
-        events = self._events
-        return [events[at] for at in range(cursor, min(self.end, cursor + limit))]
+    def read(self, cursor: int, limit: int, max_bytes: int = UNBOUNDED) -> list[Event]:
+        """Up to `limit` events from `cursor` on, which must not lie before `first`; none after
+        the one that makes them `max_bytes`."""
+        events, found, size = self._events, [], 0
+        for at in range(cursor, min(self.end, cursor + limit)):
+            found.append(events[at])
+            size += len(events[at].frame)
+            if size >= max_bytes:
+                break
+        return found
 
     def get(self, at: int) -> Event | None:
         return self._events.get(at)

@@ -150,7 +150,7 @@ def test_a_lost_sender_is_shown_and_replaced():
 
 def test_a_slow_reader_is_told_and_a_fast_one_loses_nothing(new_side: Callable[..., Side]):
     side = new_side(settings={"memory_mb": 16})
-    total, steps = 16_000, Script(chunk=200, pause_s=0.01)
+    total, steps = 16_000, Script(chunk=200, pause_s=0.04)
     slow = socket.socket()
     slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     slow.connect(("127.0.0.1", side.port))
@@ -159,8 +159,11 @@ def test_a_slow_reader_is_told_and_a_fast_one_loses_nothing(new_side: Callable[.
         side.wait_armed()
         running = threading.Thread(target=engine.run, args=("load", [1] * (total - 3), [2], steps))
         running.start()
-        received = [next(fast) for _ in range(total)]
+        received = []
+        while not received or received[-1]["event"] != "done":
+            received.append(next(fast))
         running.join()
+    assert len(received) == total
     assert [event["event"] for event in received if event["event"] not in ("prompt", "token")] == [
         "request",
         "done",

@@ -6,12 +6,11 @@ from __future__ import annotations
 import random
 import zlib
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from neuroscope_vllm.server import join as join_module
-from neuroscope_vllm.server.join import Done, Gap, Item, Join, Placed
+from neuroscope_vllm.server.join import Budget, Done, Gap, Item, Join, Placed
 from neuroscope_vllm.server.prefix import BLOCK, PrefixCache
 from neuroscope_vllm.server.rows import LayerRows, Rows
 
@@ -37,7 +36,7 @@ def rows_of(step: Step, context: list[int]) -> Rows:
 
 
 def new_join() -> Join:
-    return Join(PrefixCache(1 << 20))
+    return Join(PrefixCache(1 << 20), Budget(1 << 30))
 
 
 def start(join: Join, name: str, prompt: list[int], cached: int = 0) -> list[Item]:
@@ -242,7 +241,7 @@ def test_requests_of_other_roots_share_nothing():
 
 def test_the_prefix_cache_is_bounded_and_forgets_what_was_not_asked_for():
     cache = PrefixCache(20_000)
-    join = Join(cache)
+    join = Join(cache, Budget(1 << 30))
     for number in range(40):
         prompt = [number, *range(BLOCK)]
         start(join, str(number), prompt)
@@ -282,17 +281,28 @@ def test_rows_of_a_request_that_never_starts_are_dropped_in_time():
     assert start(join, "ghost", [1, 2]) == []
 
 
-def test_orphans_and_held_rows_are_bounded(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(join_module, "ORPHAN_ROWS", 10)
-    monkeypatch.setattr(join_module, "HELD_ROWS_PER_CHOICE", 4)
-    join = new_join()
+def test_orphans_and_held_rows_are_bounded():
+    row = plain(0, [1]).bytes
+    budget = Budget(10 * row)
+    join = Join(PrefixCache(1 << 20), budget)
     for n in range(12):
         join.add(f"ghost-{n}", plain(0, [1]), 0, 1, now=0)
-    assert join.counters["rows_of_unknown_request"] == 2
+    assert join.counters["rows_of_unknown_request"] == 12 - 5  # half of what may wait
     start(join, "a", [1])
     for n in range(6):
         join.add("a", plain(n + 1, [2]), 0, 1, now=0)
-    assert join.counters["rows_held_too_long"] == 2
+    assert join.counters["rows_held_too_long"] == 1
+    join.extend("a", [2] * 7, "length", now=0)
+    join.tick(join_module.ORPHAN_WAIT_S + 0.1)
+    assert budget.rows == 0
+
+
+def test_a_row_that_waits_keeps_no_others():
+    """A step may have thousands, of which one waits."""
+    budget = Budget(1 << 30)
+    join = Join(PrefixCache(1 << 20), budget)
+    join.add("ghost", plain(0, [1] * 8192), 7, 8, now=0)
+    assert budget.rows == plain(0, [1]).bytes
 
 
 def test_positions_that_never_ran_are_no_gap():

@@ -96,7 +96,10 @@ async def describe(request: Request) -> dict[str, Any]:
             "kept_requests": len(hub.traces),
             "kept_bytes": hub.traces.bytes + hub.ring.bytes,
             "evicted_requests": hub.traces.evicted,
+            "prefix_bytes": hub.prefixes.bytes,
+            "running_bytes": hub.budget.choices + hub.budget.rows,
             "readers": hub.readers,
+            "max_readers": settings.max_readers,
         },
         "problems": hub.senders.problems(now),
         "warnings": sorted({text for sender in senders for text in sender["warnings"]}),
@@ -181,6 +184,6 @@ def _with_labels(hub: Hub, found: Card) -> dict[str, Any]:
 def _named(hub: Hub, layer: int, neighbour: Neighbour) -> Neighbour:
     return msgspec.structs.replace(
         neighbour,
-        label=hub.label_of(layer, neighbour.index),
-        unreliable=neighbour.index in hub.unreliable(layer),
+        label=hub.shown.label_of(layer, neighbour.index),
+        unreliable=neighbour.index in hub.shown.unreliable(layer),
     )

@@ -24,6 +24,9 @@ FORWARDED = (
 )
 RETURNED = ("content-type", "retry-after", "www-authenticate", "x-request-id")
 CONNECT_TIMEOUT_S = 5.0
+MAX_PASSED = 1024
+"""Requests that are with vLLM at the same time by way of us."""
+RETRY_AFTER_S = 1
 
 logger = logging.getLogger(__name__)
 router = APIRouter(tags=["pass-through to vLLM"])
@@ -44,6 +47,10 @@ async def pass_through(request: Request) -> Response:
     upstream: httpx.AsyncClient | None = request.app.state.upstream
     if upstream is None:
         raise ApiError(503, "this side process knows no vLLM server to pass requests to.")
+    if request.app.state.passed >= MAX_PASSED:
+        request.app.state.hub.counters["passed_refused"] += 1
+        message = f"{MAX_PASSED} requests are passed through to vLLM already; ask it directly."
+        raise ApiError(503, message, retry_after=RETRY_AFTER_S)
     headers = {name: request.headers[name] for name in FORWARDED if name in request.headers}
     headers["accept-encoding"] = "identity"  # chunks are passed on as they come
     url = httpx.URL(path=request.url.path, query=request.url.query.encode())
@@ -63,6 +70,13 @@ class _Passed(Response):
         self._asked = asked
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        scope["app"].state.passed += 1
+        try:
+            await self._pass(scope, receive, send)
+        finally:
+            scope["app"].state.passed -= 1
+
+    async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with anyio.create_task_group() as group:
 
             async def relay() -> None:

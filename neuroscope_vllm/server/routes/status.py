@@ -15,17 +15,19 @@ from neuroscope_vllm.server.hub import Hub
 
 UPSTREAM_TIMEOUT_S = 2.0
 
+NOT_WELL: dict[int | str, dict[str, Any]] = {503: {"description": "The same, with `reasons`."}}
+
 router = APIRouter(tags=["status"])
 
 
-@router.get("/health")
+@router.get("/health", responses=NOT_WELL)
 async def health(request: Request) -> Response:
     """200 when a live worker says that it is armed; else 503 with the reasons."""
     armed, body = _health(request)
     return _json(200 if armed else 503, body)
 
 
-@router.get("/ready")
+@router.get("/ready", responses=NOT_WELL)
 async def ready(request: Request) -> Response:
     """200 when armed and vLLM's own /health answers, too."""
     armed, body = _health(request)

@@ -24,7 +24,15 @@ class Body(SteeringSpec, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """As in `vllm_xargs.neuroscope`, without what is no steering."""
 
 
-@router.put("/{request_id:path}/steering")
+_BODY = {
+    "requestBody": {
+        "required": True,
+        "content": {"application/json": {"schema": {"type": "object"}}},
+    }
+}
+
+
+@router.put("/{request_id:path}/steering", openapi_extra=_BODY)
 async def change(request: Request, request_id: str) -> dict[str, Any]:
     """Steer all running choices of a request as the body says, in place of what was.
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Header, Query, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from neuroscope_vllm.server.errors import ApiError
-from neuroscope_vllm.server.hub import Hub
+from neuroscope_vllm.server.hub import MAX_ID, Hub
+from neuroscope_vllm.server.readers import TooManyReaders
 from neuroscope_vllm.server.sse import FeatureResponse
 from neuroscope_vllm.server.view import TOKEN_EVENTS, View
+
+RETRY_AFTER_S = 5
 
 router = APIRouter(tags=["features"])
 
@@ -21,7 +24,7 @@ class StreamQuery(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     request_id: str | None = Field(
-        None, min_length=1, description="One request, by any of its ids."
+        None, min_length=1, max_length=MAX_ID, description="One request, by any of its ids."
     )
     layer: int | None = Field(None, ge=0, description="Events of this layer only.")
     top_k: int | None = Field(None, ge=1, description="Fewer features than are configured.")
@@ -39,7 +42,16 @@ class StreamQuery(BaseModel):
     last_event_id: str | None = Field(None, description="As the Last-Event-ID header.")
 
 
-@router.get("/v1/features/stream", response_class=Response)
+_FORMATS: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "Events, until the request ends, or for ever.",
+        "content": {"text/event-stream": {}, "application/x-ndjson": {}},
+    },
+    204: {"description": "Nothing is left to resume."},
+}
+
+
+@router.get("/v1/features/stream", response_class=Response, responses=_FORMATS)
 async def stream_features(
     request: Request,
     query: Annotated[StreamQuery, Query()],
@@ -56,12 +68,16 @@ async def stream_features(
     epoch, after = _parse(resume) if resume else (None, None)
     restarted = epoch is not None and epoch != hub.epoch
     name = query.request_id
-    if name is None:
-        reader = hub.subscribe_all(-1 if restarted else after)
-    elif resume and not restarted and _nothing_left(hub, name, after):
+    if name is not None and resume and not restarted and _nothing_left(hub, name, after):
         return Response(status_code=204)
-    else:
-        reader = hub.subscribe(name, None if restarted else after)
+    try:
+        if name is None:
+            reader = hub.subscribe_all(-1 if restarted else after)
+        else:
+            reader = hub.subscribe(name, None if restarted else after)
+    except TooManyReaders:
+        message = f"{hub.readers} streams are read, as many as max_readers allows; try again later."
+        raise ApiError(503, message, retry_after=RETRY_AFTER_S) from None
     if restarted:
         reader.tell_gap("restarted", None, None)
     return FeatureResponse(hub, reader, view, name)

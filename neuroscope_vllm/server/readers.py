@@ -1,0 +1,104 @@
+"""All subscriptions of a hub: who is told of which request, and who is woken when."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from neuroscope_vllm.server.subscribe import AllRequests, EventId, OneRequest
+from neuroscope_vllm.server.traces import Log, Trace, TraceStore
+
+
+class TooManyReaders(Exception):
+    """As many as the settings allow are there."""
+
+
+class Readers:
+    """Readers of everything, and readers by the name that they asked for, `limit` together.
+
+    So this also bounds the names that are waited for. `subscribe_all` and `subscribe` raise
+    TooManyReaders, which is counted in `readers_refused`.
+    """
+
+    def __init__(
+        self,
+        ring: Log,
+        traces: TraceStore,
+        event_id: EventId,
+        limit: int,
+        counters: Counter[str],
+    ) -> None:
+        self._limit = limit
+        self._counters = counters
+        self._count = 0
+        self._ring = ring
+        self._traces = traces
+        self._event_id = event_id
+        self._everything: set[AllRequests] = set()
+        self._by_name: dict[str, set[OneRequest]] = {}
+        self._touched: set[OneRequest] = set()
+        self._wake_all = False
+
+    def __len__(self) -> int:
+        return self._count
+
+    def subscribe_all(self, after: int | None) -> AllRequests:
+        self._count_one()
+        reader = AllRequests(self._ring, self._event_id, after)
+        self._everything.add(reader)
+        return reader
+
+    def subscribe(self, name: str, after: int | None) -> OneRequest:
+        self._count_one()
+        reader = OneRequest(self._event_id, after)
+        for trace in self._traces.find(name):
+            reader.attach(trace)
+        self._by_name.setdefault(name, set()).add(reader)
+        return reader
+
+    def unsubscribe(self, reader: AllRequests | OneRequest, name: str | None) -> None:
+        self._count -= 1
+        if isinstance(reader, AllRequests):
+            self._everything.remove(reader)
+            return
+        assert name is not None
+        readers = self._by_name[name]
+        readers.remove(reader)
+        if not readers:
+            del self._by_name[name]
+
+    def _count_one(self) -> None:
+        if self._count >= self._limit:
+            self._counters["readers_refused"] += 1
+            raise TooManyReaders
+        self._count += 1
+
+    def attach(self, trace: Trace) -> None:
+        """Give a trace that begins to those who wait for it."""
+        for name in trace.aliases:
+            for reader in self._by_name.get(name, ()):
+                reader.attach(trace)
+
+    def touch(self, trace: Trace) -> None:
+        """There is something new in a trace; `wake` tells."""
+        self._wake_all = True
+        for name in trace.aliases:
+            if readers := self._by_name.get(name):
+                self._touched |= readers
+
+    def wake(self) -> None:
+        if self._wake_all:
+            for reader in self._everything:
+                reader.wake()
+            self._wake_all = False
+        if self._touched:
+            for reader in self._touched:
+                reader.wake()
+            self._touched.clear()
+
+    def close(self, reason: str) -> None:
+        """Say goodbye to every one."""
+        for reader in [
+            *self._everything,
+            *(one for many in self._by_name.values() for one in many),
+        ]:
+            reader.close(reason)

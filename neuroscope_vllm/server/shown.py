@@ -1,0 +1,31 @@
+"""The label that a feature is shown with: of a layer's sets, the first that knows it names it."""
+
+from __future__ import annotations
+
+from neuroscope_vllm.core.labels import LabelSet
+
+
+class Shown:
+    """Looked up for every feature of every token."""
+
+    def __init__(self, labels: dict[int, list[LabelSet]]) -> None:
+        """`labels`: label sets by layer, in order of preference."""
+        shown = {
+            layer: {label.index: label for one in reversed(sets) for label in one}
+            for layer, sets in labels.items()
+        }
+        self._texts = {
+            layer: {index: label.text for index, label in of.items()} for layer, of in shown.items()
+        }
+        self._unreliable = {
+            layer: frozenset(index for index, label in of.items() if label.unreliable)
+            for layer, of in shown.items()
+        }
+
+    def label_of(self, layer: int, index: int) -> str | None:
+        texts = self._texts.get(layer)
+        return None if texts is None else texts.get(index)
+
+    def unreliable(self, layer: int) -> frozenset[int]:
+        """Features of a layer whose label, the one that `label_of` gives, is unreliable."""
+        return self._unreliable.get(layer, frozenset())
