@@ -11,6 +11,7 @@ import secrets
 import time
 from collections import Counter
 from collections.abc import Iterable
+from itertools import chain
 
 import msgspec
 from tokenizers import Tokenizer
@@ -20,6 +21,7 @@ from neuroscope_vllm.core.config import Settings
 from neuroscope_vllm.core.labels import LabelSet
 from neuroscope_vllm.server.commands import Commands
 from neuroscope_vllm.server.join import Choice, Item, Join
+from neuroscope_vllm.server.lags import Lags
 from neuroscope_vllm.server.narrate import Named, Narrator
 from neuroscope_vllm.server.prefix import PrefixCache
 from neuroscope_vllm.server.rows import unpack
@@ -34,7 +36,6 @@ RING_SHARE = 0.25
 PREFIX_SHARE = 0.25
 """Parts of the memory ceiling for the stream of all requests and for the features of token
 prefixes; the traces have the rest."""
-
 
 PAUSED_S = 2.0
 """If so long passed between ticks, this process stood still, and has not read what was sent."""
@@ -55,12 +56,7 @@ class _Open:
 class Hub:
     """Everything the side process knows."""
 
-    def __init__(
-        self,
-        settings: Settings,
-        model: str,
-        tokenizer: Tokenizer | None = None,
-    ) -> None:
+    def __init__(self, settings: Settings, model: str, tokenizer: Tokenizer | None = None) -> None:
         self.settings = settings
         self.model = model
         self.tokenizer = tokenizer
@@ -69,6 +65,7 @@ class Hub:
         self.senders = Senders()
         self.counters: Counter[str] = Counter()
         self.commands = Commands()
+        self.lags = Lags()
         memory = settings.memory_mb * 2**20
         self._ring_bytes = int(memory * RING_SHARE)
         prefix_bytes = int(memory * PREFIX_SHARE)
@@ -128,10 +125,7 @@ class Hub:
 
     def close(self, reason: str) -> None:
         """Say goodbye to every reader."""
-        for reader in [
-            *self._everything,
-            *(one for many in self._by_name.values() for one in many),
-        ]:
+        for reader in [*self._everything, *chain.from_iterable(self._by_name.values())]:
             reader.close(reason)
 
     def event_id(self, seq: int) -> bytes:
@@ -139,17 +133,21 @@ class Hub:
 
     @property
     def readers(self) -> int:
-        return len(self._everything) + sum(map(len, self._by_name.values()))
+        return len(self._everything) + self.readers_of_one
+
+    @property
+    def readers_of_one(self) -> int:
+        return sum(map(len, self._by_name.values()))
 
     # Readers
 
     def subscribe_all(self, after: int | None = None) -> AllRequests:
-        reader = AllRequests(self.ring, self.event_id, after)
+        reader = AllRequests(self.ring, self.event_id, self.counters, after)
         self._everything.add(reader)
         return reader
 
     def subscribe(self, name: str, after: int | None = None) -> OneRequest:
-        reader = OneRequest(self.event_id, after)
+        reader = OneRequest(self.event_id, self.counters, after)
         for trace in self.traces.find(name):
             reader.attach(trace)
         self._by_name.setdefault(name, set()).add(reader)

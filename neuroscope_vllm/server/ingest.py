@@ -45,6 +45,7 @@ class Ingest:
         self._hub = hub
         self._schedulers: dict[str, bytes] = {}  # by engine: the address that ZMQ gave it
         self._address, self._keys = read_endpoint(endpoint)
+        self._one_clock = self._path is not None  # engines on this host, not on another
         self._context = zmq.Context()
         self._authenticator = ThreadAuthenticator(self._context)
         self._socket = self._context.socket(zmq.ROUTER)
@@ -158,6 +159,8 @@ class Ingest:
             if isinstance(message, wire.Hello) and message.role == "scheduler":
                 self._schedulers[message.engine] = address
             self._hub.handle(message)
+            if self._one_clock and isinstance(message, wire.StepFeatures | wire.TokensSampled):
+                self._hub.lags.handled(message)
         except (msgspec.MsgspecError, ValueError) as error:
             counters["messages_malformed"] += 1
             if counters["messages_malformed"] == 1:
@@ -170,7 +173,9 @@ class Ingest:
     async def _ticking(self) -> None:
         with contextlib.suppress(asyncio.CancelledError):
             while True:
+                due = time.monotonic() + TICK_S
                 await asyncio.sleep(TICK_S)
+                self._hub.lags.loop.observe(max(time.monotonic() - due, 0.0))
                 self._hub.tick()
                 self._note_refusals()
 

@@ -110,6 +110,7 @@ class Choice:
         out: list[Item] = []
         if self.cached_tokens is None:
             self.cached_tokens = cached_tokens
+            self._counters["prompt_tokens_cached"] += cached_tokens
             self._retry(out)
             self._maybe_end(out)
         return out
@@ -130,6 +131,7 @@ class Choice:
             self._counters["tokens_after_end"] += len(token_ids)
             return []
         self.ids.extend(token_ids)
+        self._counters["tokens"] += len(token_ids)
         if finish_reason is not None:
             self._finish_reason = finish_reason
             self._computed_tokens = computed_tokens
@@ -201,6 +203,8 @@ class Choice:
         if self.next == position:
             return
         self.dropped += position - self.next
+        self._counters["gaps_dropped"] += 1
+        self._counters["positions_dropped"] += position - self.next
         out.append(Gap(self.next, position))
         for at in range(self.next, position):
             out.append(Placed(at, self.ids[at]))
@@ -272,6 +276,7 @@ class Join:
         walk = PrefixWalk(self._prefixes, prefix_root, edited_from, salt)
         choice = self._choices[internal_id] = Choice(prompt_ids, walk, self.counters)
         self._ended.pop(internal_id, None)
+        self.counters["prompt_tokens"] += len(prompt_ids)
         out: list[Item] = []
         waiting, self._orphans, self._orphan_rows = self._orphans, deque(), 0
         for orphan in waiting:
