@@ -9,6 +9,7 @@ preemption, prefix-cache hits, rows that outrun their truth) is asked for per re
 from __future__ import annotations
 
 import os
+import secrets
 import threading
 import time
 from collections import Counter
@@ -178,6 +179,7 @@ class FakeEngine:
         self._armed = armed
         self._lock = threading.Lock()
         self._requests = 0
+        self._name = f"{os.getpid()}-{secrets.token_hex(4)}"
         self._counters: Counter[str] = Counter()
         self.scheduler = Sender(endpoint, lambda counters: self._hello("scheduler", counters))
         self.worker = Sender(
@@ -231,7 +233,7 @@ class FakeEngine:
             for layer in self.layers
         ]
         return wire.Hello(
-            sender=f"fake-{role}-{os.getpid()}-{id(self)}",
+            sender=f"fake-{role}-{self._name}",
             role=role,
             engine="fake",
             dp_rank=0,

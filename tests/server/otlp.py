@@ -17,7 +17,7 @@ from opentelemetry.proto.logs.v1.logs_pb2 import LogRecord
 
 
 class Collector:
-    """Keeps what it is sent. `status` is its next answer; while `open` is not set, it gives none."""
+    """Keeps what it is sent. Answers `status`, or nothing while `open` is not set."""
 
     def __init__(self) -> None:
         self.records: list[LogRecord] = []

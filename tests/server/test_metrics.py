@@ -50,6 +50,7 @@ def observed(tmp_path_factory: pytest.TempPathFactory, tokenizer_file: Path) -> 
         environment.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", collector.url)
         environment.setenv("OTEL_RESOURCE_ATTRIBUTES", "deployment.environment.name=test")
         environment.setenv("OTEL_BLRP_SCHEDULE_DELAY", "100")
+        environment.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "60")
         side = start_side(
             directory,
             settings={"otel": True, "record": str(directory / "recorded")},
@@ -180,8 +181,14 @@ def test_what_is_no_message_is_counted(observed: Observed):
 def test_an_engine_that_is_started_again_goes_on_counting(observed: Observed):
     side = observed.side
     grown = Growth(side)
+
+    def senders() -> int:
+        return len(side.get("/v1/features/describe").json()["senders"])
+
     for number in range(2):
+        wait_until(lambda: senders() == 2)
         with FakeEngine(side.endpoint, top_k=4, armed=number == 1) as engine:
+            wait_until(lambda: senders() == 4)
             engine.run(f"again-{number}", PROMPT, OUTPUT)
             side.wait_done(f"again-{number}")
             rows = (number + 1) * (len(PROMPT) + len(OUTPUT))
@@ -282,7 +289,7 @@ def test_dashboard_and_alerts_ask_for_what_there_is(observed: Observed):
 
 
 def test_an_event_for_each_request_and_rule_hit(observed: Observed):
-    side, engine, collector = observed
+    _, engine, collector = observed
     script = Script(
         lost=frozenset({2}), tag="noticed", traceparent=f"00-{TRACE}-{SPAN}-01", choice=1
     )
@@ -327,31 +334,28 @@ def test_an_event_for_each_request_and_rule_hit(observed: Observed):
 
 def test_a_collector_that_refuses_or_hangs_costs_events_only(observed: Observed):
     side, engine, collector = observed
-    grown = Growth(side)
+    wait_until(lambda: _accounted(scrape(side)) == len(collector.records))
+    grown, records = Growth(side), len(collector.records)
     collector.status = 400
     engine.run("refused", PROMPT, OUTPUT)
     wait_until(lambda: grown.now("otel_events_total", "failed") == 1)
     collector.status = 200
     collector.open.clear()
-    engine.run("much", PROMPT, OUTPUT * 600, Script(tag="noticed"))
-    side.wait_done("much")
+    for number in range(8):
+        engine.run(f"much-{number}", PROMPT, OUTPUT * 80, Script(tag="noticed", pause_s=0.001))
+        side.wait_done(f"much-{number}")
     engine.run("meanwhile", PROMPT, OUTPUT)
     assert side.read("meanwhile")[-1]["event"] == "done"
     wait_until(lambda: grown.now("otel_events_total", "dropped") > 0)
     collector.open.set()
-    ended = 1 + 1 + 1 + len(OUTPUT * 600) - 1  # refused, much, meanwhile, hits
-
-    def accounted() -> float:
-        outcomes = ("exported", "failed", "dropped")
-        return sum(grown.now("otel_events_total", outcome) for outcome in outcomes)
-
-    wait_until(lambda: accounted() == ended)
+    ended = 1 + 8 * len(OUTPUT * 80) + 1  # refused; hits, one less than tokens, and ends; meanwhile
+    wait_until(lambda: _accounted(scrape(side)) == records + ended)
     exported = grown.now("otel_events_total", "exported")
-    assert exported == len([r for r in collector.records if _is_of(r, "much", "meanwhile")])
+    assert exported == len(collector.records) - records
 
 
-def _is_of(record: Any, *request_ids: str) -> bool:
-    return attributes(record.attributes)["gen_ai.response.id"] in request_ids
+def _accounted(found: dict[str, dict[tuple[str, ...], float]]) -> float:
+    return sum(found["neuroscope_otel_events_total"].values())
 
 
 def test_events_that_can_not_be_sent_are_refused_at_the_start(monkeypatch: pytest.MonkeyPatch):
