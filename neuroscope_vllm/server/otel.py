@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import asyncio
 import heapq
+import logging
+import os
 import threading
 import time
 from collections import Counter, defaultdict
@@ -26,6 +28,7 @@ from opentelemetry.sdk._logs.export import (
     LogRecordExporter,
     LogRecordExportResult,
 )
+from opentelemetry.sdk.environment_variables import OTEL_BLRP_MAX_QUEUE_SIZE
 from opentelemetry.sdk.resources import OTELResourceDetector, Resource
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
@@ -38,7 +41,7 @@ BATCH_EVENTS = 1024
 REST_S = 0.1
 """Between two looks at the stream."""
 QUEUE_EVENTS = 2048
-"""Log events that wait for the collector."""
+"""Log events that wait for the collector, unless OTEL_BLRP_MAX_QUEUE_SIZE says otherwise."""
 BREATH_EVENTS = 32
 BREATH_S = 0.001
 """Our thread's pause after each few events: the hub's turn, which needs the same interpreter."""
@@ -57,7 +60,7 @@ class Export:
     """Follows a hub from `start` to `close`, and sends to where OTEL_EXPORTER_OTLP_* say.
 
     Counts in the hub's counters: `otel_events_exported`, `_failed` that the collector did not take,
-    `_dropped` because QUEUE_EVENTS waited already.
+    `_dropped` because too many waited already.
     """
 
     def __init__(self, hub: Hub) -> None:
@@ -66,7 +69,10 @@ class Export:
         for outcome in ("exported", "failed", "dropped"):
             hub.counters[f"otel_events_{outcome}"] += 0  # threads add no keys while others read
         self._exporter = _Counted(OTLPLogExporter(), hub.counters)
+        self._capacity = int(os.environ.get(OTEL_BLRP_MAX_QUEUE_SIZE, QUEUE_EVENTS))
         self._emitted = 0
+        # It warns of each attempt, and then tells of the failure.
+        logging.getLogger("opentelemetry.exporter").setLevel(logging.ERROR)
         resource = Resource.create().merge(
             Resource({"service.name": "neuroscope", "service.version": installed_version()})
         )
@@ -74,7 +80,7 @@ class Export:
             resource.merge(OTELResourceDetector().detect()), shutdown_on_exit=False
         )
         self._provider.add_log_record_processor(
-            BatchLogRecordProcessor(self._exporter, max_queue_size=QUEUE_EVENTS)
+            BatchLogRecordProcessor(self._exporter, max_queue_size=self._capacity)
         )
         self._logger = self._provider.get_logger("neuroscope_vllm", installed_version())
 
@@ -128,7 +134,7 @@ class Export:
     def _log(
         self, name: str, attributes: Mapping[str, Any], request: events.RequestEvent | None
     ) -> None:
-        if self._emitted - self._exporter.taken >= QUEUE_EVENTS:
+        if self._emitted - self._exporter.taken >= self._capacity:
             self._hub.counters["otel_events_dropped"] += 1
             return
         self._emitted += 1
