@@ -182,6 +182,8 @@ def test_what_is_no_message_is_counted(observed: Observed):
 
 def test_an_engine_that_is_started_again_goes_on_counting(observed: Observed):
     side = observed.side
+    # Engines tell their counters once a second, the hub those of its own at once.
+    wait_until(lambda: _rows_encoded(side) == scrape(side)["neuroscope_hub_rows_total"][()])
     grown = Growth(side)
 
     def senders() -> int:
@@ -197,6 +199,10 @@ def test_an_engine_that_is_started_again_goes_on_counting(observed: Observed):
             wait_until(lambda rows=rows: grown.now("rows_encoded_total", "fake") == rows)
             wait_until(lambda number=number: scrape(side)["neuroscope_armed"]["fake",] == number)
     assert grown.now("rows_encoded_total", "fake") == rows  # also after both said goodbye
+
+
+def _rows_encoded(side: Side) -> float:
+    return scrape(side)["neuroscope_rows_encoded_total"]["fake",]
 
 
 def test_names_and_forms(observed: Observed):
