@@ -49,6 +49,12 @@ _FLAGS = [
         type=click.Choice(["none", "text"]),
         help="text: record features without the texts and ids of tokens.",
     ),
+    click.option(
+        "--otel",
+        is_flag=True,
+        default=None,
+        help="Export a log event per request and rule hit over OTLP, as OTEL_* variables say.",
+    ),
     click.option("--config", type=click.Path(), help="YAML file with any of these settings."),
 ]
 

@@ -83,6 +83,8 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     """Days that recorded requests are kept; 0: for ever."""
     record_redact: Redact = "none"
     """`text`: record features without the texts and ids of tokens."""
+    otel: bool = False
+    """Export a log event per request and rule hit over OTLP; OTEL_* variables say where."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.top_k <= 128:

@@ -53,6 +53,8 @@ class RequestEvent(msgspec.Struct, omit_defaults=True, gc=False):
     beam: bool = False
     """One step of beam `choice`: beam search runs a new request per token and beam, each with
     all tokens so far as its prompt."""
+    traceparent: str | None = None
+    """The client's W3C trace context, where vLLM itself exports traces."""
 
 
 class TokenEvent(msgspec.Struct, omit_defaults=True, gc=False):

@@ -8,6 +8,7 @@ readers only wait. The side process ends by itself when its parent is gone.
 from __future__ import annotations
 
 import errno
+import importlib.util
 import ipaddress
 import logging
 import os
@@ -18,6 +19,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import msgspec
@@ -113,13 +115,40 @@ class SideProcess:
 
 
 def check_side(settings: Settings) -> None:
-    """Raise ConfigError if a side process could not serve, or not record, as it is to.
+    """Raise ConfigError if a side process could not serve, record or export as it is to.
 
     Makes the folder of a recording.
     """
     check_bind(settings)
     if settings.record is not None:
         prepare(settings.record)
+    if settings.otel:
+        check_otel(os.environ)
+
+
+def check_otel(environ: Mapping[str, str]) -> None:
+    """Raise ConfigError if events can not be exported over OTLP as these variables say."""
+    if not all(map(_installed, ("opentelemetry.sdk", "opentelemetry.exporter.otlp.proto.http"))):
+        raise ConfigError(
+            "otel is on, but OpenTelemetry's exporter is not installed; run pip install"
+            " 'neuroscope-vllm[otel]', or leave otel out."
+        )
+    for name in ("OTEL_EXPORTER_OTLP_LOGS_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL"):
+        if protocol := environ.get(name):
+            if protocol != "http/protobuf":
+                raise ConfigError(
+                    f"otel is on and {name} is {protocol}, but events are sent as http/protobuf"
+                    " only; set OTEL_EXPORTER_OTLP_LOGS_PROTOCOL to that, and"
+                    " OTEL_EXPORTER_OTLP_LOGS_ENDPOINT to your collector's address for it."
+                )
+            return
+
+
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # of a parent package
+        return False
 
 
 def check_bind(settings: Settings) -> None:

@@ -85,6 +85,8 @@ class Sender:
 
     def put(self, message: wire.Message) -> bool:
         """Queue a message; False (and counted) when the queue is full. Never blocks."""
+        if isinstance(message, wire.StepFeatures | wire.TokensSampled):
+            message.sent_at = time.monotonic()
         try:
             self._queue.put_nowait(message)
         except queue.Full:

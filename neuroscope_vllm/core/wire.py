@@ -114,6 +114,8 @@ class RequestStarted(msgspec.Struct, tag="request"):
     edit_salt: bytes = b""
     steering: dict[str, Any] | None = None
     """How it is steered, for readers; `Steering.describe`."""
+    traceparent: str | None = None
+    """The client's W3C trace context, where the engine traces and so keeps it."""
 
 
 class RequestScheduled(msgspec.Struct, tag="scheduled"):
@@ -140,6 +142,8 @@ class TokensSampled(msgspec.Struct, tag="tokens"):
     """Everything the scheduler accepted in one step. Aborts come as a Sampled without tokens."""
 
     sampled: list[Sampled]
+    sent_at: float | None = None
+    """As in StepFeatures."""
 
 
 class Live(msgspec.Struct):
@@ -222,6 +226,8 @@ class StepFeatures(msgspec.Struct, tag="features"):
     """Layers observed on all stages together."""
     steered: list[SteeredRows] = []
     hits: list[RuleHit] = []
+    sent_at: float | None = None
+    """Monotonic seconds when the sender took it; means something on the sender's host alone."""
 
 
 class SteeringChanged(msgspec.Struct, tag="steering"):

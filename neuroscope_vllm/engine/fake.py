@@ -9,8 +9,10 @@ preemption, prefix-cache hits, rows that outrun their truth) is asked for per re
 from __future__ import annotations
 
 import os
+import secrets
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -78,6 +80,7 @@ class Script:
     this many output tokens all rows so far run again. features_first: worker messages leave
     before the scheduler's. lost: positions whose rows never leave. pause_s: time between steps.
     abort: it ends as one whose client left, or whose stop string vLLM's front end saw.
+    traceparent: the client's trace context. tag: every generated token meets a rule of this tag.
     """
 
     chunk: int = 1 << 30
@@ -92,6 +95,8 @@ class Script:
     stop: tuple[str, ...] = ()
     choice: int = 0
     abort: bool = False
+    traceparent: str | None = None
+    tag: str | None = None
 
 
 PLAIN = Script()
@@ -115,7 +120,14 @@ def messages(
     def rows(start: int, stop: int) -> wire.StepFeatures:
         stand = [(p, context[p]) for p in range(start, stop) if p not in script.lost]
         wrong = [(stop + d, context[stop] + 1) for d in range(script.drafts) if stop < len(context)]
-        return step_features({ids.internal_id: stand + wrong}, layers, top_k)
+        step = step_features({ids.internal_id: stand + wrong}, layers, top_k)
+        if script.tag is not None:
+            step.hits = [
+                _hit(row, position, token_id, layers[0], script.tag)
+                for row, (position, token_id) in enumerate(stand)
+                if position >= len(ids.prompt)
+            ]
+        return step
 
     started = wire.RequestStarted(
         internal_id=ids.internal_id,
@@ -127,6 +139,7 @@ def messages(
         created=time.time(),
         layers=sorted(layers),
         stop=list(script.stop),
+        traceparent=script.traceparent,
     )
     scheduled = wire.RequestScheduled(ids.internal_id, script.cached)
     if not script.features_first:
@@ -150,6 +163,11 @@ def messages(
         yield wire.TokensSampled([wire.Sampled(ids.internal_id, [], "abort")])
 
 
+def _hit(row: int, position: int, token_id: int, layer: int, tag: str) -> wire.RuleHit:
+    index, activation = features_of(token_id, position, layer, 1)[0]
+    return wire.RuleHit(row, layer, index, activation, rule="watch", tag=tag)
+
+
 class FakeEngine:
     """A scheduler and a worker, connected to the hub at `endpoint` until closed."""
 
@@ -161,8 +179,12 @@ class FakeEngine:
         self._armed = armed
         self._lock = threading.Lock()
         self._requests = 0
+        self._name = f"{os.getpid()}-{secrets.token_hex(4)}"
+        self._counters: Counter[str] = Counter()
         self.scheduler = Sender(endpoint, lambda counters: self._hello("scheduler", counters))
-        self.worker = Sender(endpoint, lambda counters: self._hello("worker", counters))
+        self.worker = Sender(
+            endpoint, lambda counters: self._hello("worker", {**counters, **self._counters})
+        )
         self.scheduler.start()
         self.worker.start()
 
@@ -184,12 +206,23 @@ class FakeEngine:
             self._requests += 1
             internal_id = f"{request_id}-{self._requests:08x}"
         ids = Ids(internal_id, request_id, list(prompt), list(output))
+        self._count(0, lost=len(script.lost))
         for message in messages(ids, script, self.layers, self.top_k):
             is_features = isinstance(message, wire.StepFeatures)
+            if isinstance(message, wire.StepFeatures):
+                self._count(len(message.positions) // 4)
             (self.worker if is_features else self.scheduler).put(message)
             if script.pause_s and is_features:
                 time.sleep(script.pause_s)
         return internal_id
+
+    def _count(self, rows: int, lost: int = 0) -> None:
+        """As a worker that drops the steps of the rows that are lost."""
+        with self._lock:
+            self._counters["steps"] += rows > 0
+            self._counters["rows_observed"] += rows + lost
+            self._counters["rows_encoded"] += rows
+            self._counters["rows_dropped"] += lost
 
     def _hello(self, role: str, counters: dict[str, int]) -> wire.Hello:
         sae = SAEInfo(
@@ -200,7 +233,7 @@ class FakeEngine:
             for layer in self.layers
         ]
         return wire.Hello(
-            sender=f"fake-{role}-{os.getpid()}-{id(self)}",
+            sender=f"fake-{role}-{self._name}",
             role=role,
             engine="fake",
             dp_rank=0,

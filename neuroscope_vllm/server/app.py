@@ -20,8 +20,10 @@ from neuroscope_vllm.server import errors
 from neuroscope_vllm.server.cards import CardReader
 from neuroscope_vllm.server.hub import Hub
 from neuroscope_vllm.server.ingest import Ingest
+from neuroscope_vllm.server.metrics import registry_of
 from neuroscope_vllm.server.routes import (
     features,
+    metrics,
     page,
     proxy,
     requests,
@@ -31,6 +33,7 @@ from neuroscope_vllm.server.routes import (
 )
 
 if TYPE_CHECKING:
+    from neuroscope_vllm.server.otel import Export
     from neuroscope_vllm.server.recorder import Recorder
 
 logger = logging.getLogger(__name__)
@@ -46,9 +49,9 @@ class Feed(Protocol):
 
 
 def create_app(config: SideConfig, feed: Callable[[Hub], Feed] | None = None) -> FastAPI:
-    """`app.state`: hub; listening, whether engines can connect; failure, why they never will;
-    upstream, the client for vLLM or None; passed, how many requests are with vLLM by way of us;
-    replay, whether `feed` tells what was recorded.
+    """`app.state`: hub; metrics, the registry of what it counts; listening, whether engines can
+    connect; failure, why they never will; upstream, the client for vLLM or None; passed, how many
+    requests are with vLLM by way of us; replay, whether `feed` tells what was recorded.
 
     `feed` makes what feeds the hub; None: the engines that connect to `config.endpoint`.
     """
@@ -60,6 +63,7 @@ def create_app(config: SideConfig, feed: Callable[[Hub], Feed] | None = None) ->
     )
     app.state.config = config
     app.state.hub = Hub(config.settings, config.model)
+    app.state.metrics = registry_of(app.state.hub)
     app.state.listening = False
     app.state.failure = None
     app.state.upstream = proxy.client(config.upstream) if config.upstream else None
@@ -72,7 +76,7 @@ def create_app(config: SideConfig, feed: Callable[[Hub], Feed] | None = None) ->
     app.add_middleware(
         TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost", "::1", "[::1]"]
     )
-    for module in (stream, features, steering, requests, status, proxy, page):
+    for module in (stream, features, steering, requests, status, metrics, proxy, page):
         app.include_router(module.router)
     return app
 
@@ -97,7 +101,7 @@ async def _open(app: FastAPI) -> None:
     try:
         hub.tokenizer, labels = await asyncio.to_thread(_read_files, config)
         hub.set_labels(labels)
-        recorder = _recorder(hub, config)
+        recorder, export = _recorder(hub, config), _export(hub, config)
         feed: Feed = app.state.feed(hub)
         feed.start()
     except NeuroscopeError as error:
@@ -113,8 +117,7 @@ async def _open(app: FastAPI) -> None:
         await asyncio.Future()
     finally:
         feed.close()
-        if recorder is not None:
-            await recorder.close()
+        await asyncio.gather(*(one.close() for one in (recorder, export) if one is not None))
 
 
 def _recorder(hub: Hub, config: SideConfig) -> Recorder | None:
@@ -125,6 +128,16 @@ def _recorder(hub: Hub, config: SideConfig) -> Recorder | None:
     recorder = Recorder(hub, config)
     recorder.start()
     return recorder
+
+
+def _export(hub: Hub, config: SideConfig) -> Export | None:
+    if not config.settings.otel:
+        return None
+    from neuroscope_vllm.server.otel import Export  # an extra
+
+    export = Export(hub)
+    export.start()
+    return export
 
 
 def _read_files(config: SideConfig) -> tuple[Tokenizer | None, dict[int, list[LabelSet]]]:

@@ -20,6 +20,7 @@ from neuroscope_vllm.core.config import Settings, parts_of
 from neuroscope_vllm.core.labels import LabelSet
 from neuroscope_vllm.server.commands import Commands
 from neuroscope_vllm.server.join import Budget, Choice, Item, Join
+from neuroscope_vllm.server.lags import Lags
 from neuroscope_vllm.server.narrate import Named, Narrator
 from neuroscope_vllm.server.prefix import PrefixCache
 from neuroscope_vllm.server.readers import Readers
@@ -72,6 +73,7 @@ class Hub:
         self.senders = Senders()
         self.counters: Counter[str] = Counter()
         self.commands = Commands()
+        self.lags = Lags()
         parts = parts_of(settings)
         self._ring_bytes = parts.ring
         self.traces = TraceStore(parts.traces, settings.trace_requests)
@@ -149,6 +151,10 @@ class Hub:
     @property
     def readers(self) -> int:
         return len(self._readers)
+
+    @property
+    def readers_of_one(self) -> int:
+        return self._readers.of_one
 
     # Readers
 

@@ -48,6 +48,7 @@ class Ingest:
         # By engine: the address that ZMQ gave its scheduler; the latest MAX_SENDERS.
         self._schedulers: OrderedDict[str, bytes] = OrderedDict()
         self._address, self._keys = read_endpoint(endpoint)
+        self._one_clock = self._path is not None  # engines on this host, not on another
         self._context = zmq.Context()
         self._authenticator = ThreadAuthenticator(self._context)
         self._socket = self._context.socket(zmq.ROUTER)
@@ -163,6 +164,8 @@ class Ingest:
             if isinstance(message, wire.Hello) and message.role == "scheduler":
                 self._heard(message.engine, address)
             self._hub.handle(message)
+            if self._one_clock and isinstance(message, wire.StepFeatures | wire.TokensSampled):
+                self._hub.lags.handled(message)
         except (msgspec.MsgspecError, ValueError, RecursionError) as error:
             self._hub.malformed(error)
         except Exception as error:
@@ -179,7 +182,9 @@ class Ingest:
     async def _ticking(self) -> None:
         with contextlib.suppress(asyncio.CancelledError):
             while True:
+                due = time.monotonic() + TICK_S
                 await asyncio.sleep(TICK_S)
+                self._hub.lags.loop.observe(max(time.monotonic() - due, 0.0))
                 try:
                     self._hub.tick()
                     self._note_refusals()

@@ -129,6 +129,7 @@ class Choice:
         out: list[Item] = []
         if self.cached_tokens is None:
             self.cached_tokens = cached_tokens
+            self._counters["prompt_tokens_cached"] += cached_tokens
             self._retry(out)
             self._maybe_end(out)
         return out
@@ -149,6 +150,7 @@ class Choice:
             self._counters["tokens_after_end"] += len(token_ids)
             return []
         self.ids.extend(token_ids)
+        self._counters["tokens"] += len(token_ids)
         if finish_reason is not None:
             self._finish_reason = finish_reason
             self._computed_tokens = computed_tokens
@@ -220,6 +222,8 @@ class Choice:
         if self.next == position:
             return
         self.dropped += position - self.next
+        self._counters["gaps_dropped"] += 1
+        self._counters["positions_dropped"] += position - self.next
         out.append(Gap(self.next, position))
         for at in range(self.next, position):
             out.append(Placed(at, self.ids[at]))
@@ -306,6 +310,7 @@ class Join:
         choice = Choice(prompt_ids, walk, self.counters, self._budget)
         self._choices[internal_id] = choice
         self._ended.pop(hash(internal_id), None)
+        self.counters["prompt_tokens"] += len(prompt_ids)
         out: list[Item] = []
         mine = [orphan for orphan in self._orphans if orphan.internal_id == internal_id]
         if mine:

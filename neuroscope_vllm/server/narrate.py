@@ -87,6 +87,7 @@ class Narrator:
             retold=retold,
             steering=started.steering,
             beam=started.beam,
+            traceparent=started.traceparent,
         )
         return "request", None, event
 

@@ -41,15 +41,19 @@ class Readers:
     def __len__(self) -> int:
         return self._count
 
+    @property
+    def of_one(self) -> int:
+        return self._count - len(self._everything)
+
     def subscribe_all(self, after: int | None) -> AllRequests:
         self._count_one()
-        reader = AllRequests(self._ring, self._event_id, after)
+        reader = AllRequests(self._ring, self._event_id, self._counters, after)
         self._everything.add(reader)
         return reader
 
     def subscribe(self, name: str, after: int | None) -> OneRequest:
         self._count_one()
-        reader = OneRequest(self._event_id, after)
+        reader = OneRequest(self._event_id, self._counters, after)
         for trace in self._traces.find(name):
             reader.attach(trace)
         self._by_name.setdefault(name, set()).add(reader)

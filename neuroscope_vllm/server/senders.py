@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter, OrderedDict
+from collections.abc import Iterator
 from typing import Any
 
 import msgspec
@@ -32,6 +34,10 @@ class Senders:
     def __init__(self) -> None:
         self._senders: dict[str, Sender] = {}
         self._dense: dict[int, frozenset[int]] = {}
+        self._counted: OrderedDict[tuple[str, str, str], dict[str, int]] = OrderedDict()
+
+    def __iter__(self) -> Iterator[Sender]:
+        return iter(self._senders.values())
 
     def admits(self, hello: wire.Hello) -> bool:
         """Whether it is known, or there is room for it."""
@@ -50,6 +56,11 @@ class Senders:
             for other in replaced:
                 del self._senders[other.hello.sender]
         self._senders[hello.sender] = Sender(hello, now)
+        counted = (hello.engine, hello.role, hello.sender)
+        self._counted[counted] = hello.counters
+        self._counted.move_to_end(counted)
+        if len(self._counted) > MAX_SENDERS:
+            self._counted.popitem(last=False)
         if hello.sites:
             self._dense = {site.layer: frozenset(site.dense) for site in self.sites()}
         return replaced
@@ -69,6 +80,14 @@ class Senders:
     def goodbye(self, name: str) -> Sender | None:
         return self._senders.pop(name, None)
 
+    def totals(self) -> dict[tuple[str, str], Counter[str]]:
+        """Counters by (engine, role), summed over those that send or have sent. A sender that is
+        started again counts from 0 under another name, so that no total goes back."""
+        totals: dict[tuple[str, str], Counter[str]] = {}
+        for (engine, role, _), counters in self._counted.items():
+            totals.setdefault((engine, role), Counter()).update(counters)
+        return totals
+
     def sites(self) -> list[wire.Site]:
         """What is observed, one site per layer, in layer order."""
         sites = {site.layer: site for s in self._senders.values() for site in s.hello.sites}
@@ -86,11 +105,14 @@ class Senders:
 
     @property
     def heard_worker(self) -> bool:
-        return any(sender.hello.role == "worker" for sender in self._senders.values())
+        return bool(self.workers())
+
+    def workers(self) -> list[Sender]:
+        return [sender for sender in self._senders.values() if sender.hello.role == "worker"]
 
     def armed(self, now: float) -> bool:
         """Whether every worker is."""
-        workers = [s for s in self._senders.values() if s.hello.role == "worker"]
+        workers = self.workers()
         return bool(workers) and all(s.hello.armed and not s.lost(now) for s in workers)
 
     def problems(self, now: float) -> list[str]:

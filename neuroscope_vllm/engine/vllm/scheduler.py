@@ -103,6 +103,7 @@ class SchedulerTap:
             edited_from=salt[0] if salt else None,
             edit_salt=salt[1] if salt else b"",
             steering=steering.describe() if steering else None,
+            traceparent=(request.trace_headers or {}).get("traceparent"),
         )
         self.log.started(started)
 

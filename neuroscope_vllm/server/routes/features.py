@@ -18,6 +18,7 @@ from neuroscope_vllm.core.wire import Site
 from neuroscope_vllm.server.cards import CardError, CardReader
 from neuroscope_vllm.server.errors import ApiError
 from neuroscope_vllm.server.hub import Hub
+from neuroscope_vllm.server.metrics import counters_of
 
 router = APIRouter(prefix="/v1/features", tags=["features"])
 
@@ -104,7 +105,7 @@ async def describe(request: Request) -> dict[str, Any]:
         "problems": hub.senders.problems(now),
         "warnings": sorted({text for sender in senders for text in sender["warnings"]}),
         "senders": senders,
-        "counters": {**hub.counters, **hub.join.counters},
+        "counters": counters_of(hub),
     }
 
 

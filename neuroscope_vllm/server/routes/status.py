@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from importlib import metadata
 from typing import Any
 
 import httpx
@@ -12,6 +11,7 @@ from fastapi import APIRouter, Request, Response
 from neuroscope_vllm.core.events import encoder
 from neuroscope_vllm.core.wire import WIRE_VERSION
 from neuroscope_vllm.server.hub import Hub
+from neuroscope_vllm.server.version import installed_version
 
 UPSTREAM_TIMEOUT_S = 2.0
 
@@ -39,11 +39,7 @@ async def ready(request: Request) -> Response:
 
 @router.get("/version")
 async def version() -> dict[str, Any]:
-    try:
-        installed = metadata.version("neuroscope-vllm")
-    except metadata.PackageNotFoundError:
-        installed = "unknown"  # run from a checkout
-    return {"version": installed, "wire_version": WIRE_VERSION}
+    return {"version": installed_version(), "wire_version": WIRE_VERSION}
 
 
 def _health(request: Request) -> tuple[bool, dict[str, Any]]:
