@@ -39,6 +39,8 @@ _FLAGS = [
     click.option("--steering", help="File with presets, directions, rules and limits of steering."),
     click.option("--features-host", help="Address of the feature stream (127.0.0.1)."),
     click.option("--features-port", type=int, help="Port of the feature stream (8081)."),
+    click.option("--admin-keys-file", help="File of keys that read everything, one a line."),
+    click.option("--allowed-origins", multiple=True, help="Origin of a page that may ask there."),
     click.option("--hub", help="Hub that runs apart: tcp://host:port or ipc://path."),
     click.option("--hub-keys", help="Key file of a tcp:// hub."),
     click.option("--record", metavar="DIR", help="Record finished requests in this folder."),

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from neuroscope_vllm.core.sae.info import SAEInfo
 from neuroscope_vllm.core.steering.spec import SteeringSpec
 
-WIRE_VERSION = 4
+WIRE_VERSION = 5
 
 
 class Site(msgspec.Struct, frozen=True):
@@ -112,6 +112,8 @@ class RequestStarted(msgspec.Struct, tag="request"):
     edit_salt: bytes = b""
     steering: dict[str, Any] | None = None
     """How it is steered, for readers; `Steering.describe`."""
+    secret: bytes | None = None
+    """Digest of its stream secret; None: it has none."""
 
 
 class RequestScheduled(msgspec.Struct, tag="scheduled"):

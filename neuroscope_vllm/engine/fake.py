@@ -18,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from neuroscope_vllm.core import wire
+from neuroscope_vllm.core.access import digest
 from neuroscope_vllm.core.sae.info import SAEInfo
 from neuroscope_vllm.core.sender import Sender
 
@@ -78,6 +79,7 @@ class Script:
     this many output tokens all rows so far run again. features_first: worker messages leave
     before the scheduler's. lost: positions whose rows never leave. pause_s: time between steps.
     abort: it ends as one whose client left, or whose stop string vLLM's front end saw.
+    secret: its stream secret.
     """
 
     chunk: int = 1 << 30
@@ -92,6 +94,7 @@ class Script:
     stop: tuple[str, ...] = ()
     choice: int = 0
     abort: bool = False
+    secret: str | None = None
 
 
 PLAIN = Script()
@@ -127,6 +130,7 @@ def messages(
         created=time.time(),
         layers=sorted(layers),
         stop=list(script.stop),
+        secret=digest(script.secret) if script.secret else None,
     )
     scheduled = wire.RequestScheduled(ids.internal_id, script.cached)
     if not script.features_first:

@@ -11,10 +11,13 @@ from neuroscope_vllm.core.events import ErrorBody, encoder
 
 _TYPES = {
     400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
     404: "not_found_error",
     405: "invalid_request_error",
     409: "conflict_error",
     413: "invalid_request_error",
+    431: "invalid_request_error",
 }
 
 
@@ -31,7 +34,8 @@ class ApiError(Exception):
 
 def answer(error: ApiError) -> Response:
     content = encoder.encode({"error": error.body})
-    return Response(content, error.status, media_type="application/json")
+    headers = {"www-authenticate": "Bearer"} if error.status == 401 else None
+    return Response(content, error.status, headers, media_type="application/json")
 
 
 def install(app: FastAPI) -> None:

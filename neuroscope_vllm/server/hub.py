@@ -22,6 +22,7 @@ from neuroscope_vllm.server.commands import Commands
 from neuroscope_vllm.server.join import Choice, Item, Join
 from neuroscope_vllm.server.narrate import Named, Narrator
 from neuroscope_vllm.server.prefix import PrefixCache
+from neuroscope_vllm.server.rights import ALL, Rights
 from neuroscope_vllm.server.rows import unpack
 from neuroscope_vllm.server.senders import Sender, Senders
 from neuroscope_vllm.server.stages import Stages
@@ -128,10 +129,7 @@ class Hub:
 
     def close(self, reason: str) -> None:
         """Say goodbye to every reader."""
-        for reader in [
-            *self._everything,
-            *(one for many in self._by_name.values() for one in many),
-        ]:
+        for reader in (*self._everything, *set[OneRequest]().union(*self._by_name.values())):
             reader.close(reason)
 
     def event_id(self, seq: int) -> bytes:
@@ -143,14 +141,14 @@ class Hub:
 
     # Readers
 
-    def subscribe_all(self, after: int | None = None) -> AllRequests:
-        reader = AllRequests(self.ring, self.event_id, after)
+    def subscribe_all(self, after: int | None = None, rights: Rights = ALL) -> AllRequests:
+        reader = AllRequests(self.ring, self.event_id, after, rights)
         self._everything.add(reader)
         return reader
 
-    def subscribe(self, name: str, after: int | None = None) -> OneRequest:
-        reader = OneRequest(self.event_id, after)
-        for trace in self.traces.find(name):
+    def subscribe(self, name: str, after: int | None = None, rights: Rights = ALL) -> OneRequest:
+        reader = OneRequest(self.event_id, after, rights)
+        for trace in self.traces.find(name, rights):
             reader.attach(trace)
         self._by_name.setdefault(name, set()).add(reader)
         return reader
@@ -165,9 +163,9 @@ class Hub:
         if not readers:
             self._by_name.pop(name, None)
 
-    def running(self, name: str) -> list[tuple[str, str]]:
-        """(internal id, engine) of the choices of this name that still run."""
-        opened = (self._open.get(trace.internal_id) for trace in self.traces.find(name))
+    def running(self, name: str, rights: Rights) -> list[tuple[str, str]]:
+        """(internal id, engine) of the choices of this name that still run and one may read."""
+        opened = (self._open.get(trace.internal_id) for trace in self.traces.find(name, rights))
         return [
             (one.narrator.started.internal_id, one.engine)
             for one in opened
@@ -184,7 +182,8 @@ class Hub:
         narrator = Narrator(
             started, self.model, self.label_of, self.unreliable, self.senders.dense, self.tokenizer
         )
-        trace = Trace(internal_id, started.request_id, started.choice, started.created)
+        ids = internal_id, started.request_id, started.choice
+        trace = Trace(*ids, started.created, started.secret)
         self.begin(trace)
         items = self.join.start(
             internal_id,
