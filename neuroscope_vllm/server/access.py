@@ -83,7 +83,9 @@ def wrong_key() -> Refusal:
     return Refusal("keys", 401, message, "invalid_api_key")
 
 
-def not_an_admin(what: str) -> Refusal:
+def not_an_admin(rights: Rights, what: str = "this") -> Refusal:
+    if not rights.names:
+        return no_key()
     return Refusal("rights", 403, f"{what} is for admin keys; name a request with request_id.")
 
 
@@ -150,7 +152,7 @@ class Access:
         if not rights.names and not (need is Need.REQUEST and self._opens_one(rights)):
             raise no_key()
         if need is Need.ADMIN and not rights.lists:
-            raise not_an_admin("this")
+            raise not_an_admin(rights)
         if need is Need.CHAT and self.keys.user and caller.authorization is None:
             raise no_key("chats need one of vLLM's own keys, which an admin key is not")
 

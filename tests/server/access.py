@@ -84,7 +84,8 @@ KEYED_ROWS: dict[str, Callable[[Side], Headers]] = {
 
 def status(side: Side, method: str, path: str, headers: Headers) -> str:
     """ "yes", or the status of a refusal; of a stream only its begin is read."""
-    with http.stream(method, side.base + path, headers=headers, content=b"") as answer:
+    content = b"{}" if method in ("POST", "PUT") else None
+    with http.stream(method, side.base + path, headers=headers, content=content) as answer:
         code = answer.status_code
         if code >= 400 and code != 409:
             answer.read()

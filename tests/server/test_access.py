@@ -242,7 +242,7 @@ WRONG: list[tuple[str, Headers, str]] = [
     ("digest", bearer(digest(ADMIN).hex()), ""),
     ("part", bearer(ADMIN[:-1]), ""),
     ("longer", bearer(ADMIN + "x"), ""),
-    ("empty", {"Authorization": "Bearer "}, ""),
+    ("empty", {"Authorization": "Bearer"}, ""),
     ("header", {"X-Api-Key": ADMIN}, ""),
     ("cookie", {"Cookie": f"neuroscope-0={ADMIN}; session={ADMIN}"}, ""),
     ("secret", {"X-Neuroscope-Stream-Secret": ADMIN}, ""),

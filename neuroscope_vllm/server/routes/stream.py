@@ -56,7 +56,7 @@ async def stream_features(
     caller: Caller = request.state.caller
     rights = caller.rights
     if query.request_id is None and not rights.lists:
-        raise not_an_admin("the stream of all requests")
+        raise not_an_admin(rights, "the stream of all requests")
     view = _view(hub, query, "application/x-ndjson" in request.headers.get("accept", ""))
     resume = query.last_event_id or last_event_id
     epoch, after = _parse(resume) if resume else (None, None)
