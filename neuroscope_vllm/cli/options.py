@@ -11,7 +11,8 @@ from typing import Any
 
 import click
 
-from neuroscope_vllm.core.config import Settings, resolve
+from neuroscope_vllm.core.access import VLLM_KEY_VARIABLE
+from neuroscope_vllm.core.config import API_KEY_VARIABLE, Settings, resolve
 from neuroscope_vllm.core.errors import NeuroscopeError
 
 _FLAGS = [
@@ -73,6 +74,12 @@ _DEVICE_FLAGS = [
         help="For transformers: its precision (auto); vLLM's own goes after the --.",
     ),
 ]
+api_key_option = click.option(
+    "--api-key",
+    envvar=[API_KEY_VARIABLE, VLLM_KEY_VARIABLE],
+    help="The server's key: one of vLLM's, or where nothing is sent to vLLM an admin's.",
+    show_envvar=True,
+)
 _BACKEND = click.option(
     "--backend",
     type=click.Choice(["vllm", "transformers"]),

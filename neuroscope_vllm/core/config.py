@@ -196,11 +196,10 @@ def resolve(
 
 def without_settings(environ: Mapping[str, str]) -> dict[str, str]:
     """An environment for a child that is told its settings otherwise, or has none."""
-    kept = (CACHE_VARIABLE, DATA_VARIABLE, ADMIN_KEYS_VARIABLE)
     return {
         name: value
         for name, value in environ.items()
-        if not name.startswith(ENV_PREFIX) or name in kept
+        if not name.startswith(ENV_PREFIX) or name in (CACHE_VARIABLE, DATA_VARIABLE)
     }
 
 
