@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import click
 
+from neuroscope_vllm.cli.options import api_key_option
 from neuroscope_vllm.core.errors import ConfigError, NeuroscopeError
 
 if TYPE_CHECKING:
@@ -20,7 +21,6 @@ It is asked of the server at --url, which keeps it for a while, or read from wha
 --html is a page that needs neither network nor server; --jsonl has an event a line, as in the
 stream (- is stdout); --parquet has an event a row, and can be told again by `neuroscope replay`.
 """
-TIMEOUT_S = 30.0
 
 
 class _Found(NamedTuple):
@@ -34,6 +34,7 @@ class _Found(NamedTuple):
 @click.option(
     "--url", default="http://127.0.0.1:8081", show_default=True, help="Server's feature stream."
 )
+@api_key_option
 @click.option(
     "--record", type=click.Path(exists=True), metavar="DIR", help="Read it from this recording."
 )
@@ -47,6 +48,7 @@ def command(
     context: click.Context,
     request_id: str,
     url: str,
+    api_key: str | None,
     record: str | None,
     html: Path | None,
     jsonl: Path | None,
@@ -61,7 +63,11 @@ def command(
     for flag, path in (("html", html), ("jsonl", jsonl), ("parquet", parquet)):
         _check_writable(flag, path)
     try:
-        found = _recorded(request_id, record) if record is not None else _served(request_id, url)
+        found = (
+            _recorded(request_id, record)
+            if record is not None
+            else _served(request_id, url, api_key)
+        )
     except NeuroscopeError as error:
         raise click.ClickException(str(error)) from None
     if jsonl is not None:
@@ -120,17 +126,17 @@ def _recorded(request_id: str, record: str) -> _Found:
     return _Found(places[0].about, [recording.read(p) for p in places], "a recording")
 
 
-def _served(request_id: str, url: str) -> _Found:
+def _served(request_id: str, url: str, api_key: str | None) -> _Found:
     """Raises ConfigError."""
     import httpx
     import msgspec
 
-    from neuroscope_vllm.client.calls import quoted
+    from neuroscope_vllm.client.calls import http_options, quoted, refusal
     from neuroscope_vllm.core.recording.record import About, of_answer
 
     url = url.rstrip("/")
     try:
-        with httpx.Client(base_url=url, timeout=TIMEOUT_S) as client:
+        with httpx.Client(base_url=url, **http_options(api_key)) as client:
             described = client.get("/v1/features/describe")
             answer = client.get(f"/v1/requests/{quoted(request_id)}")
     except (httpx.HTTPError, httpx.InvalidURL) as error:
@@ -139,6 +145,8 @@ def _served(request_id: str, url: str) -> _Found:
             " `neuroscope serve`, name its features port with --url, or read a recording with"
             " --record."
         ) from None
+    if described.status_code in (401, 403):
+        raise ConfigError(str(refusal(described)))
     if described.status_code != 200:
         raise ConfigError(
             f"{url} is no neuroscope server's features port (it answers /v1/features/describe with"

@@ -24,7 +24,7 @@ def command(model: str, **flags: Any) -> None:
     MODEL, a folder or a repository of the Hugging Face hub, gives the tokenizer. Engines connect
     to --hub, as their own setting `hub` says; over TCP all need the file of --hub-keys.
     """
-    from neuroscope_vllm.core import launch
+    from neuroscope_vllm.core import access, launch
     from neuroscope_vllm.core.keys import hub_endpoint
     from neuroscope_vllm.core.sae.canonical import SUITE
     from neuroscope_vllm.server.__main__ import run
@@ -41,7 +41,8 @@ def command(model: str, **flags: Any) -> None:
             from neuroscope_vllm.core.sae.observed import named
 
             settings = named(settings, model)
-        launch.check_side(settings)
+        keys = access.key_digests(settings, access.vllm_keys())
+        launch.check_side(settings, keys)
         listener = launch.listen(settings.features_host, settings.features_port)
         config = launch.SideConfig(
             settings=settings,
@@ -51,6 +52,7 @@ def command(model: str, **flags: Any) -> None:
             upstream=settings.upstream,
             labels=launch.label_files(settings, _layers(settings)),
             model_source=model,
+            keys=keys,
         )
     except NeuroscopeError as error:
         raise click.ClickException(str(error)) from None

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from neuroscope_vllm.cli.engines import sae_flags
-from neuroscope_vllm.cli.options import device_flags
+from neuroscope_vllm.cli.options import api_key_option, device_flags
 from neuroscope_vllm.core.errors import NeuroscopeError
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ position, null on special tokens and sinks.
 @click.option(
     "--url", default="http://127.0.0.1:8081", show_default=True, help="Server's feature stream."
 )
-@click.option("--api-key", envvar="VLLM_API_KEY", help="vLLM's key.", show_envvar=True)
+@api_key_option
 @click.option("--model", help="Folder or hub id of a model to run here, or demo.")
 @sae_flags
 @click.option(

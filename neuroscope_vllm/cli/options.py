@@ -11,7 +11,8 @@ from typing import Any
 
 import click
 
-from neuroscope_vllm.core.config import Settings, resolve
+from neuroscope_vllm.core.access import VLLM_KEY_VARIABLE
+from neuroscope_vllm.core.config import API_KEY_VARIABLE, Settings, resolve
 from neuroscope_vllm.core.errors import NeuroscopeError
 
 _FLAGS = [
@@ -39,6 +40,8 @@ _FLAGS = [
     click.option("--steering", help="File with presets, directions, rules and limits of steering."),
     click.option("--features-host", help="Address of the feature stream (127.0.0.1)."),
     click.option("--features-port", type=int, help="Port of the feature stream (8081)."),
+    click.option("--admin-keys-file", help="File of keys that read everything, one a line."),
+    click.option("--allowed-origins", multiple=True, help="Origin of a page that may ask there."),
     click.option("--hub", help="Hub that runs apart: tcp://host:port or ipc://path."),
     click.option("--hub-keys", help="Key file of a tcp:// hub."),
     click.option("--record", metavar="DIR", help="Record finished requests in this folder."),
@@ -85,6 +88,12 @@ _DEVICE_FLAGS = [
         help="For transformers: its precision (auto); vLLM's own goes after the --.",
     ),
 ]
+api_key_option = click.option(
+    "--api-key",
+    envvar=[API_KEY_VARIABLE, VLLM_KEY_VARIABLE],
+    help="The server's key: one of vLLM's, or where nothing is sent to vLLM an admin's.",
+    show_envvar=True,
+)
 _BACKEND = click.option(
     "--backend",
     type=click.Choice(["vllm", "transformers"]),

@@ -12,6 +12,7 @@ import click
 from neuroscope_vllm.cli.demo import demo_sae
 from neuroscope_vllm.cli.engines import sae_flags
 from neuroscope_vllm.cli.failures import in_a_sentence
+from neuroscope_vllm.cli.options import api_key_option
 
 if TYPE_CHECKING:
     from neuroscope_vllm.core.steering.catalogue import Catalogue
@@ -41,8 +42,16 @@ no token before the first hit is unknown.
 @click.option(
     "--url", default="http://127.0.0.1:8081", show_default=True, help="Server's feature stream."
 )
+@api_key_option
 @click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")
-def command(file: str, traces: tuple[str, ...], url: str, as_json: bool, **flags: Any) -> None:
+def command(
+    file: str,
+    traces: tuple[str, ...],
+    url: str,
+    api_key: str | None,
+    as_json: bool,
+    **flags: Any,
+) -> None:
     from neuroscope_vllm.core.errors import ConfigError
     from neuroscope_vllm.core.steering.dry_run import dry_run
     from neuroscope_vllm.core.steering.settle import SteeringRefused, settle
@@ -55,7 +64,9 @@ def command(file: str, traces: tuple[str, ...], url: str, as_json: bool, **flags
             raise ConfigError(f"steering file {file}: {refusal}") from None
         if steering is None or not steering.rules:
             raise click.ClickException(f"steering file {file} has no rules; add some under rules.")
-        found = [one for trace in traces for one in dry_run(steering, _choices(trace, url))]
+        found = [
+            one for trace in traces for one in dry_run(steering, _choices(trace, url, api_key))
+        ]
     if as_json:
         import msgspec
 
@@ -80,12 +91,12 @@ def _catalogue(file: str, flags: dict[str, Any]) -> Catalogue:
     return Catalogue.build(sites, Operator.load(file), d_model=d_model)
 
 
-def _choices(trace: str, url: str) -> list[dict[str, Any]]:
+def _choices(trace: str, url: str, api_key: str | None) -> list[dict[str, Any]]:
     """Raises click.ClickException: there is no such trace."""
     if Path(trace).exists():
         content, where = Path(trace).read_bytes(), trace
     else:
-        content, where = _fetched(trace, url), f"the answer of {url}"
+        content, where = _fetched(trace, url, api_key), f"the answer of {url}"
     import msgspec
 
     from neuroscope_vllm.core.events import TokenEvent
@@ -105,16 +116,21 @@ def _choices(trace: str, url: str) -> list[dict[str, Any]]:
     )
 
 
-def _fetched(request_id: str, url: str) -> bytes:
+def _fetched(request_id: str, url: str, api_key: str | None) -> bytes:
     import httpx
 
+    from neuroscope_vllm.client.calls import http_options, refusal
+
     try:
-        answer = httpx.get(f"{url.rstrip('/')}/v1/requests/{request_id}", timeout=30)
+        with httpx.Client(base_url=url.rstrip("/"), **http_options(api_key)) as client:
+            answer = client.get(f"/v1/requests/{request_id}")
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise click.ClickException(
             f"{request_id} is no file, and no server answers at {url} ({error}); give a trace's"
             " file, or say where the server is with --url."
         ) from None
+    if answer.status_code in (401, 403):
+        raise click.ClickException(str(refusal(answer)))
     if answer.status_code != 200:
         raise click.ClickException(
             f"{request_id} is no file, and the server at {url} keeps no such request; give a"

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
+from neuroscope_vllm.cli.options import api_key_option
 from neuroscope_vllm.core.json_text import to_json
 
 if TYPE_CHECKING:
@@ -96,7 +97,7 @@ generated tokens before and after: mean, max, tokens), edits, doses and warnings
     show_default=True,
     help="Server's feature stream.",
 )
-@click.option("--api-key", envvar="VLLM_API_KEY", help="vLLM's key.", show_envvar=True)
+@api_key_option
 @click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")
 @click.pass_context
 def command(

@@ -25,7 +25,14 @@ from msgspec.json import encode
 from rich.console import Console
 
 from neuroscope_vllm.cli.options import check_device
-from neuroscope_vllm.core.config import Settings, settings_dict, without_settings
+from neuroscope_vllm.core.access import admin_keys, vllm_keys
+from neuroscope_vllm.core.config import (
+    ADMIN_KEYS_VARIABLE,
+    Settings,
+    settings_dict,
+    without_settings,
+)
+from neuroscope_vllm.core.errors import ConfigError
 from neuroscope_vllm.core.launch import url_host
 from neuroscope_vllm.engine.hf.serve.spec import ServeSpec
 
@@ -143,10 +150,15 @@ def run_server(words: list[str], settings: Settings, port: int, print_command: b
     # are on its command line; the environment has had its say.
     if words[0] == "vllm":
         words = [vllm_executable(), *words[1:]]
-    child = subprocess.Popen(words, start_new_session=True, env=without_settings(os.environ))
+    environment = without_settings(os.environ)
+    if ADMIN_KEYS_VARIABLE in os.environ:  # no setting, but the server's all the same
+        environment[ADMIN_KEYS_VARIABLE] = os.environ[ADMIN_KEYS_VARIABLE]
+    child = subprocess.Popen(words, start_new_session=True, env=environment)
     features = f"http://{url_host(settings.features_host)}:{settings.features_port}"
     announcer = threading.Thread(
-        target=_announce, args=(child, features, port, settings.hub), daemon=True
+        target=_announce,
+        args=(child, features, port, settings.hub, _some_key(settings, words)),
+        daemon=True,
     )
     announcer.start()
     try:
@@ -156,6 +168,16 @@ def run_server(words: list[str], settings: Settings, port: int, print_command: b
         _stop(child)
         sys.exit(130)
     sys.exit(code)
+
+
+def _some_key(settings: Settings, words: list[str]) -> str | None:
+    """One that may describe the server, if it has any."""
+    flags = _Flags(add_help=False, allow_abbrev=False)
+    flags.add_argument("--api-key", nargs="*", default=[])
+    with contextlib.suppress(ConfigError):  # which the server will say
+        given = flags.parse_known_args(words)[0].api_key
+        return next(iter([*admin_keys(settings), *given, *vllm_keys()]), None)
+    return None
 
 
 def end_what_we_start() -> None:
@@ -215,7 +237,9 @@ def _json_object(name: str, text: str) -> dict[str, Any]:
     return value
 
 
-def _announce(child: subprocess.Popen[Any], features: str, port: int, hub: str | None) -> None:
+def _announce(
+    child: subprocess.Popen[Any], features: str, port: int, hub: str | None, key: str | None
+) -> None:
     """Wait for both servers, then print where they are and what is observed.
 
     A hub that runs apart has its own address, which only it knows.
@@ -230,7 +254,9 @@ def _announce(child: subprocess.Popen[Any], features: str, port: int, hub: str |
                 console.print(f"\n  [bold]chat[/]  {chat}/v1\n  [bold]hub[/]   {hub}\n")
                 return
             if ready.status_code == 200:
-                description = httpx.get(f"{features}/v1/features/describe", timeout=5).json()
+                headers = {"Authorization": f"Bearer {key}"} if key else {}
+                asked = f"{features}/v1/features/describe"
+                description = httpx.get(asked, headers=headers, timeout=5).json()
                 print_banner(description, features, port)
                 return
         time.sleep(0.5)

@@ -10,6 +10,7 @@ import click
 import httpx
 import msgspec
 
+from neuroscope_vllm.cli.options import api_key_option
 from neuroscope_vllm.core.audit import FAULTS, Verdict
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ the tolerance is 20 %: rounding is no fault, and rows in the wrong place do not 
     type=click.IntRange(1),
     help="Tokens generated per request.",
 )
-@click.option("--api-key", envvar="VLLM_API_KEY", help="vLLM's key.", show_envvar=True)
+@api_key_option
 @click.option(
     "--tolerance",
     type=click.FloatRange(0, 1, min_open=True, max_open=True),

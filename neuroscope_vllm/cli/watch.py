@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from neuroscope_vllm.cli.failures import failures
+from neuroscope_vllm.cli.options import api_key_option
 
 if TYPE_CHECKING:
     from neuroscope_vllm.client import Client
@@ -62,7 +63,7 @@ class Followed:
 @click.option(
     "--url", default="http://127.0.0.1:8081", show_default=True, help="Server's feature stream."
 )
-@click.option("--api-key", envvar="VLLM_API_KEY", help="vLLM's key.", show_envvar=True)
+@api_key_option
 @click.option("--request", "request_id", metavar="ID", help="One request, by any of its ids.")
 @click.option("--feature", type=_Feature(), metavar="[LAYER:]INDEX", help="Follow this feature.")
 @click.option("--layer", type=click.IntRange(0), help="This layer only.")

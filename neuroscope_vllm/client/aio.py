@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import AsyncIterator
 from types import TracebackType
@@ -16,6 +17,7 @@ from neuroscope_vllm.client.calls import Call, Steering
 from neuroscope_vllm.client.following import PATH, PATIENCE_S, RETOLD_S, Event, Following
 from neuroscope_vllm.client.records import Card, Described, Label, Steered
 from neuroscope_vllm.client.trace import Trace
+from neuroscope_vllm.core.config import API_KEY_VARIABLE
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
@@ -39,17 +41,27 @@ class AsyncClient:
         url: Of the features port, without a slash at its end.
     """
 
-    def __init__(self, url: str = "http://127.0.0.1:8081", api_key: str | None = None) -> None:
+    def __init__(
+        self,
+        url: str = "http://127.0.0.1:8081",
+        api_key: str | None = None,
+        stream_secret: str | None = None,
+    ) -> None:
         """Connects to nothing yet.
 
         Args:
             url: Of the server's features port.
-            api_key: vLLM's.
+            api_key: One of vLLM's, or an admin's; None: $NEUROSCOPE_API_KEY.
+            stream_secret: Of the requests that this one reads; those that it sends, or that a
+                wrapped client does, bear it, and are told to nobody who does not show it.
         """
+        api_key = api_key or os.environ.get(API_KEY_VARIABLE)
         self.url = url.rstrip("/")
-        self.api_key = api_key
+        self.api_key, self.stream_secret = api_key, stream_secret
         with calls.reached(self.url):
-            self._http = httpx.AsyncClient(base_url=self.url, **calls.http_options(api_key))
+            self._http = httpx.AsyncClient(
+                base_url=self.url, **calls.http_options(api_key, stream_secret)
+            )
         self.features = AsyncFeatures(self)
         self._described: Described | None = None
 
@@ -116,7 +128,9 @@ class AsyncClient:
 
     async def inspect(self, text: str, chat: bool = False) -> Trace:
         """See `Client.inspect`."""
-        request_id = await self._ask(calls.inspect(text, chat, (await self.describe()).model))
+        request_id = await self._ask(
+            calls.inspect(text, chat, (await self.describe()).model, self.stream_secret)
+        )
         return (await self.trace(request_id)).prompts_only()
 
     async def steer(self, request_id: str, spec: Steering | None) -> Steered:

@@ -13,6 +13,7 @@ import httpx
 import msgspec
 
 from neuroscope_vllm.client.records import Card, Described, Label, LabelPage, Steered
+from neuroscope_vllm.core.access import SECRET_HEADER
 from neuroscope_vllm.core.errors import ServerError
 
 T = TypeVar("T")
@@ -51,10 +52,13 @@ class _Said(msgspec.Struct):
     id: str
 
 
-def http_options(api_key: str | None) -> dict[str, Any]:
+def http_options(api_key: str | None, stream_secret: str | None = None) -> dict[str, Any]:
     """What both kinds of httpx clients take."""
+    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    if stream_secret:
+        headers[SECRET_HEADER] = stream_secret
     return {
-        "headers": {"Authorization": f"Bearer {api_key}"} if api_key else {},
+        "headers": headers,
         "timeout": httpx.Timeout(READ_TIMEOUT_S, connect=CONNECT_TIMEOUT_S, pool=None),
         "limits": httpx.Limits(max_connections=None),
     }
@@ -80,11 +84,12 @@ def steer(request_id: str, spec: Steering | None) -> Call[Steered]:
     return Call(method, f"/v1/requests/{quoted(request_id)}/steering", _as(Steered), body=spec)
 
 
-def inspect(text: str, chat: bool, model: str) -> Call[str]:
+def inspect(text: str, chat: bool, model: str, stream_secret: str | None) -> Call[str]:
     """The text as a prompt; the answer is the id of its trace."""
     body: dict[str, Any] = {"model": model, "max_tokens": 1, "temperature": 0}
     # What vLLM has in its prefix cache would come without the features of this run.
-    body["vllm_xargs"] = {"neuroscope": json.dumps({"prompt_features": "all"})}
+    options = _given(prompt_features="all", stream_secret=stream_secret)
+    body["vllm_xargs"] = {"neuroscope": json.dumps(options)}
     if chat:
         path, body["messages"] = "/v1/chat/completions", [{"role": "user", "content": text}]
     else:

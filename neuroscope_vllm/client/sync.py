@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from neuroscope_vllm.client.calls import Call, Steering
 from neuroscope_vllm.client.following import PATH, PATIENCE_S, RETOLD_S, Event, Following
 from neuroscope_vllm.client.records import Card, Described, Label, Steered
 from neuroscope_vllm.client.trace import Trace
+from neuroscope_vllm.core.config import API_KEY_VARIABLE
 
 if TYPE_CHECKING:
     from openai import OpenAI
@@ -45,17 +47,27 @@ class Client:
         url: Of the features port, without a slash at its end.
     """
 
-    def __init__(self, url: str = "http://127.0.0.1:8081", api_key: str | None = None) -> None:
+    def __init__(
+        self,
+        url: str = "http://127.0.0.1:8081",
+        api_key: str | None = None,
+        stream_secret: str | None = None,
+    ) -> None:
         """Connects to nothing yet.
 
         Args:
             url: Of the server's features port.
-            api_key: vLLM's.
+            api_key: One of vLLM's, or an admin's; None: $NEUROSCOPE_API_KEY.
+            stream_secret: Of the requests that this one reads; those that it sends, or that a
+                wrapped client does, bear it, and are told to nobody who does not show it.
         """
+        api_key = api_key or os.environ.get(API_KEY_VARIABLE)
         self.url = url.rstrip("/")
-        self.api_key = api_key
+        self.api_key, self.stream_secret = api_key, stream_secret
         with calls.reached(self.url):
-            self._http = httpx.Client(base_url=self.url, **calls.http_options(api_key))
+            self._http = httpx.Client(
+                base_url=self.url, **calls.http_options(api_key, stream_secret)
+            )
         self.features = Features(self)
         self._described: Described | None = None
         self._background: Background | None = None
@@ -150,7 +162,7 @@ class Client:
             text: What the model reads.
             chat: It is a user's message, and goes through the chat template.
         """
-        request_id = self._ask(calls.inspect(text, chat, self.describe().model))
+        request_id = self._ask(calls.inspect(text, chat, self.describe().model, self.stream_secret))
         return self.trace(request_id).prompts_only()
 
     def steer(self, request_id: str, spec: Steering | None) -> Steered:

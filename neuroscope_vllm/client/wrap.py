@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import json
 import logging
 import queue
 import threading
@@ -16,6 +17,7 @@ from neuroscope_vllm.client.aio import POLL_S, AsyncClient
 from neuroscope_vllm.client.alignment import CLOCK_S, Alignment, Answered, Own
 from neuroscope_vllm.core.errors import ConfigError, ServerError
 from neuroscope_vllm.core.events import TokenEvent
+from neuroscope_vllm.core.request import KEY
 
 if TYPE_CHECKING:
     from neuroscope_vllm.client.following import Event
@@ -92,7 +94,7 @@ def _no_client(openai: Any, ours: str, fits: str, other: str) -> str:
 def _create(client: Client, answered: Answered, create: Any) -> Any:
     @functools.wraps(create)
     def with_features(*args: Any, **kwargs: Any) -> Any:
-        answer = create(*args, **kwargs)
+        answer = create(*args, **_with_secret(client.stream_secret, kwargs))
         if not isinstance(answer, _kinds()):
             return answer
         if hasattr(answer, "choices"):
@@ -105,7 +107,7 @@ def _create(client: Client, answered: Answered, create: Any) -> Any:
 def _create_async(client: AsyncClient, answered: Answered, create: Any) -> Any:
     @functools.wraps(create)
     async def with_features(*args: Any, **kwargs: Any) -> Any:
-        answer = await create(*args, **kwargs)
+        answer = await create(*args, **_with_secret(client.stream_secret, kwargs))
         if not isinstance(answer, _kinds()):
             return answer
         if hasattr(answer, "choices"):
@@ -113,6 +115,17 @@ def _create_async(client: AsyncClient, answered: Answered, create: Any) -> Any:
         return AsyncWatchedStream(answer, client, answered)
 
     return with_features
+
+
+def _with_secret(stream_secret: str | None, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of a request that bears it; what it asks of us besides stays."""
+    if stream_secret is None:
+        return kwargs
+    body = kwargs.get("extra_body") or {}
+    xargs = body.get("vllm_xargs") or {}
+    options = {**json.loads(xargs.get(KEY, "{}")), "stream_secret": stream_secret}
+    xargs = {**xargs, KEY: json.dumps(options)}
+    return {**kwargs, "extra_body": {**body, "vllm_xargs": xargs}}
 
 
 def _attach(answer: Any, features: list[TokenEvent] | None) -> Any:
@@ -201,7 +214,7 @@ class Background:
     """A thread that reads streams for clients without a loop, so that waiting for one can end."""
 
     def __init__(self, client: Client) -> None:
-        self.client = AsyncClient(client.url, client.api_key)
+        self.client = AsyncClient(client.url, client.api_key, client.stream_secret)
         self.loop = asyncio.new_event_loop()
         threading.Thread(target=self._run, name="neuroscope-features", daemon=True).start()
 

@@ -25,7 +25,18 @@ CONFIG_FILE_VARIABLE = "NEUROSCOPE_CONFIG"
 RUNTIME_VARIABLE = "NEUROSCOPE_RUNTIME"
 """Set by us for child processes: the running side process's directory."""
 CACHE_VARIABLE = "NEUROSCOPE_CACHE"
-_NOT_SETTINGS = {CONFIG_FILE_VARIABLE, RUNTIME_VARIABLE, CACHE_VARIABLE, DATA_VARIABLE}
+ADMIN_KEYS_VARIABLE = "NEUROSCOPE_ADMIN_KEYS"
+API_KEY_VARIABLE = "NEUROSCOPE_API_KEY"
+"""The key that clients show; no business of servers."""
+_NOT_SETTINGS = {
+    CONFIG_FILE_VARIABLE,
+    RUNTIME_VARIABLE,
+    CACHE_VARIABLE,
+    DATA_VARIABLE,
+    ADMIN_KEYS_VARIABLE,
+    API_KEY_VARIABLE,
+}
+_ORIGIN = re.compile(r"https?://(\[[0-9a-f:]+\]|[a-z0-9.-]+)(:\d{1,5})?")
 
 Ranking = Literal["zscore", "tail", "quantile", "activation"]
 Redact = Literal["none", "text"]
@@ -53,6 +64,10 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     """Features firing on more than this share of calibration tokens are not ranked."""
     features_host: str = "127.0.0.1"
     features_port: int = 8081
+    admin_keys_file: str | None = None
+    """File, mode 600, of keys that read everything, one a line; more in NEUROSCOPE_ADMIN_KEYS."""
+    allowed_origins: list[str] = []
+    """Origins of pages elsewhere that may ask the features port, with a key in their requests."""
     upstream: str | None = None
     """vLLM's own base URL, for the chat pass-through; default: as vLLM was started."""
     hub: str | None = None
@@ -106,6 +121,12 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         _check_hub(self.hub, self.hub_keys)
         if not 0 <= self.features_port <= 65535:
             raise ConfigError(f"features_port is {self.features_port}; ports end at 65535.")
+        for origin in self.allowed_origins:
+            if not _ORIGIN.fullmatch(origin):
+                raise ConfigError(
+                    f"allowed_origins has {origin!r}; name each page's origin as browsers do, for"
+                    " example https://app.example.org."
+                )
         for name in ("layer", "calibration"):
             given = getattr(self, name)
             if given and len(given) != len(self.sae):

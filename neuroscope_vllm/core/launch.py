@@ -24,6 +24,7 @@ from pathlib import Path
 
 import msgspec
 
+from neuroscope_vllm.core.access import SECRET_VARIABLES, KeyDigests
 from neuroscope_vllm.core.config import RUNTIME_VARIABLE, Settings
 from neuroscope_vllm.core.errors import ConfigError
 from neuroscope_vllm.core.labels import load_labels, stored_labels
@@ -52,6 +53,7 @@ class SideConfig(msgspec.Struct, frozen=True):
     """Label files by layer, in order of preference."""
     model_source: str | None = None
     """The model's folder, or its repository on the hub with @revision; None: not known."""
+    keys: KeyDigests = KeyDigests()
     parent_pid: int = 0
     listen_fd: int = -1
 
@@ -96,7 +98,8 @@ class SideProcess:
         return self._process.pid if self._process else None
 
     def _spawn(self) -> None:
-        environment = {k: v for k, v in os.environ.items() if k != RUNTIME_VARIABLE}
+        withheld = (RUNTIME_VARIABLE, *SECRET_VARIABLES)
+        environment = {k: v for k, v in os.environ.items() if k not in withheld}
         self._process = subprocess.Popen(
             [sys.executable, "-m", "neuroscope_vllm.server", str(self.directory / "side.json")],
             pass_fds=[self._listener.fileno()],
@@ -114,12 +117,12 @@ class SideProcess:
             self._spawn()
 
 
-def check_side(settings: Settings) -> None:
+def check_side(settings: Settings, keys: KeyDigests) -> None:
     """Raise ConfigError if a side process could not serve, record or export as it is to.
 
     Makes the folder of a recording.
     """
-    check_bind(settings)
+    check_bind(settings, keys)
     if settings.record is not None:
         prepare(settings.record)
     if settings.otel:
@@ -151,17 +154,18 @@ def _installed(module: str) -> bool:
         return False
 
 
-def check_bind(settings: Settings) -> None:
-    """Raise ConfigError if features would be served beyond this machine: there are no keys yet."""
+def check_bind(settings: Settings, keys: KeyDigests) -> None:
+    """Raise ConfigError if features would be served beyond this machine without a key."""
     host = settings.features_host
     try:
         local = ipaddress.ip_address(host).is_loopback
     except ValueError:
         local = host == "localhost"
-    if not local:
+    if not local and not keys:
         raise ConfigError(
             f"features_host is {host}, which other machines can reach, and features are user text"
-            " that nothing guards yet; use 127.0.0.1 and a tunnel (ssh -L)."
+            " that no key guards; give vLLM an --api-key or name an admin_keys_file, or use"
+            " 127.0.0.1 and a tunnel (ssh -L)."
         )
 
 
@@ -229,12 +233,13 @@ def launch(
     upstream: str | None,
     labels: dict[int, list[str]],
     model_source: str | None = None,
+    keys: KeyDigests = KeyDigests(),  # noqa: B008, it is frozen
 ) -> SideProcess:
     """Start the side process for this front process and everything it spawns.
 
     Raises ConfigError where `check_side` does.
     """
-    check_side(settings)
+    check_side(settings, keys)
     config = SideConfig(
         settings=settings,
         endpoint=endpoint_of(directory),
@@ -243,6 +248,7 @@ def launch(
         upstream=upstream,
         labels=labels,
         model_source=model_source,
+        keys=keys,
         parent_pid=os.getpid(),
         listen_fd=listener.fileno(),
     )

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import difflib
 import re
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import msgspec
 
+from neuroscope_vllm.core.access import SECRET_FORM, SECRET_PATTERN
 from neuroscope_vllm.core.steering.spec import Op, Positions, SteeringSpec, Unit
 
 KEY = "neuroscope"
@@ -21,10 +22,11 @@ _EXAMPLE = (
     ' \\"value\\": 40}]}"'
 )
 _EXPECTED = (
-    f"give {_EXAMPLE}; known are prompt_features (available or all), steer, preset and rules"
+    f"give {_EXAMPLE}; known are prompt_features (available or all), stream_secret, steer,"
+    " preset and rules"
 )
 _CHOICES = {"op": get_args(Op), "unit": get_args(Unit), "positions": get_args(Positions)}
-_INSIDE = ("steer", "preset", "rules", "prompt_features")
+_INSIDE = ("steer", "preset", "rules", "prompt_features", "stream_secret")
 """What stands a level too high where it is an extra argument of its own."""
 
 
@@ -33,6 +35,8 @@ class RequestOptions(SteeringSpec, frozen=True, forbid_unknown_fields=True, kw_o
 
     prompt_features: Literal["available", "all"] = "available"
     """`all`: run every prompt token, whatever the prefix cache holds; slower to the first token."""
+    stream_secret: Annotated[str, msgspec.Meta(pattern=SECRET_PATTERN)] | None = None
+    """Who does not show it can not read this request."""
 
 
 def request_options(extra_args: dict[str, Any] | None) -> RequestOptions:
@@ -62,4 +66,12 @@ def _known(error: str) -> str:
     field = re.search(r"\.(\w+)`$", error)
     if error.startswith("Invalid enum value") and field is not None and field[1] in _CHOICES:
         return f"known are {', '.join(_CHOICES[field[1]])}"
+    if field is not None and field[1] == "stream_secret":
+        return f"a stream_secret {SECRET_FORM}"
     return _EXPECTED
+
+
+def without_secret(given: Any) -> dict[str, Any]:
+    """What a client gave that `request_options` has read, but for its secret."""
+    options = msgspec.json.decode(given) if isinstance(given, str) else given
+    return {name: value for name, value in options.items() if name != "stream_secret"}

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from neuroscope_vllm.core.sae.info import SAEInfo
 from neuroscope_vllm.core.steering.spec import SteeringSpec
 
-WIRE_VERSION = 4
+WIRE_VERSION = 5
 MAX_MESSAGE = 64 << 20
 """Bytes. The hub hangs up on who sends more, so senders drop it."""
 
@@ -116,6 +116,8 @@ class RequestStarted(msgspec.Struct, tag="request"):
     """How it is steered, for readers; `Steering.describe`."""
     traceparent: str | None = None
     """The client's W3C trace context, where the engine traces and so keeps it."""
+    secret: bytes | None = None
+    """Digest of its stream secret; None: it has none."""
 
 
 class RequestScheduled(msgspec.Struct, tag="scheduled"):

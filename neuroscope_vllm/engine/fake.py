@@ -20,6 +20,7 @@ from typing import NamedTuple
 import numpy as np
 
 from neuroscope_vllm.core import wire
+from neuroscope_vllm.core.access import digest
 from neuroscope_vllm.core.sae.info import SAEInfo
 from neuroscope_vllm.core.sender import Sender
 
@@ -80,7 +81,8 @@ class Script:
     this many output tokens all rows so far run again. features_first: worker messages leave
     before the scheduler's. lost: positions whose rows never leave. pause_s: time between steps.
     abort: it ends as one whose client left, or whose stop string vLLM's front end saw.
-    traceparent: the client's trace context. tag: every generated token meets a rule of this tag.
+    secret: its stream secret. traceparent: the client's trace context. tag: every generated token
+    meets a rule of this tag.
     """
 
     chunk: int = 1 << 30
@@ -97,6 +99,7 @@ class Script:
     abort: bool = False
     traceparent: str | None = None
     tag: str | None = None
+    secret: str | None = None
 
 
 PLAIN = Script()
@@ -140,6 +143,7 @@ def messages(
         layers=sorted(layers),
         stop=list(script.stop),
         traceparent=script.traceparent,
+        secret=digest(script.secret) if script.secret else None,
     )
     scheduled = wire.RequestScheduled(ids.internal_id, script.cached)
     if not script.features_first:

@@ -23,6 +23,7 @@ from sse_starlette.sse import AppStatus
 
 from neuroscope_vllm.core.launch import SideConfig
 from neuroscope_vllm.server.app import create_app
+from neuroscope_vllm.server.connection import impatient
 from neuroscope_vllm.server.hub import Hub
 
 logger = logging.getLogger("neuroscope_vllm.server")
@@ -56,6 +57,8 @@ async def serve(
     """Serve until told to end; returns why it never could, if so."""
     options = uvicorn.Config(
         app,
+        http=impatient(app.state.refusals),
+        ws="none",
         access_log=False,
         log_level="warning",
         timeout_graceful_shutdown=GRACEFUL_S,

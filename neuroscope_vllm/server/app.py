@@ -10,13 +10,13 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Protocol
 
 from fastapi import FastAPI
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from tokenizers import Tokenizer
 
 from neuroscope_vllm.core.errors import ConfigError, NeuroscopeError
 from neuroscope_vllm.core.labels import LabelSet, load_labels
 from neuroscope_vllm.core.launch import SideConfig
-from neuroscope_vllm.server import errors
+from neuroscope_vllm.server import errors, guard
+from neuroscope_vllm.server.access import Access
 from neuroscope_vllm.server.cards import CardReader
 from neuroscope_vllm.server.hub import Hub
 from neuroscope_vllm.server.ingest import Ingest
@@ -27,6 +27,7 @@ from neuroscope_vllm.server.routes import (
     page,
     proxy,
     requests,
+    session,
     status,
     steering,
     stream,
@@ -49,9 +50,10 @@ class Feed(Protocol):
 
 
 def create_app(config: SideConfig, feed: Callable[[Hub], Feed] | None = None) -> FastAPI:
-    """`app.state`: hub; metrics, the registry of what it counts; listening, whether engines can
-    connect; failure, why they never will; upstream, the client for vLLM or None; passed, how many
-    requests are with vLLM by way of us; replay, whether `feed` tells what was recorded.
+    """`app.state`: hub; access, who may read it; refusals, counted; metrics, the registry of what
+    the hub counts; listening, whether engines can connect; failure, why they never will; upstream,
+    the client for vLLM or None; passed, how many requests are with vLLM by way of us; replay,
+    whether `feed` tells what was recorded.
 
     `feed` makes what feeds the hub; None: the engines that connect to `config.endpoint`.
     """
@@ -59,11 +61,14 @@ def create_app(config: SideConfig, feed: Callable[[Hub], Feed] | None = None) ->
         title="neuroscope",
         description=DESCRIPTION,
         lifespan=_lifespan,
+        redoc_url=None,
         default_response_class=errors.Json,
     )
     app.state.config = config
-    app.state.hub = Hub(config.settings, config.model)
-    app.state.metrics = registry_of(app.state.hub)
+    app.state.hub = hub = Hub(config.settings, config.model)
+    app.state.metrics = registry_of(hub)
+    app.state.access = access = Access(config.keys, hub)
+    app.state.refusals = guard.Refusals(hub.counters)
     app.state.listening = False
     app.state.failure = None
     app.state.upstream = proxy.client(config.upstream) if config.upstream else None
@@ -72,11 +77,8 @@ def create_app(config: SideConfig, feed: Callable[[Hub], Feed] | None = None) ->
     app.state.replay = feed is not None
     app.state.feed = feed or (lambda hub: Ingest(hub, config.endpoint))
     errors.install(app)
-    # A page elsewhere could otherwise rebind its own name to this address and read the stream.
-    app.add_middleware(
-        TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost", "::1", "[::1]"]
-    )
-    for module in (stream, features, steering, requests, status, metrics, proxy, page):
+    guard.install(app, access, app.state.refusals, config.settings.allowed_origins)
+    for module in (session, stream, features, steering, requests, status, metrics, proxy, page):
         app.include_router(module.router)
     return app
 

@@ -14,10 +14,13 @@ from neuroscope_vllm.core.events import ErrorBody, encoder
 
 _TYPES = {
     400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
     404: "not_found_error",
     405: "invalid_request_error",
     409: "conflict_error",
     413: "invalid_request_error",
+    431: "invalid_request_error",
 }
 
 
@@ -35,7 +38,11 @@ class ApiError(Exception):
         """`retry_after`: seconds, for a 503 that will pass."""
         super().__init__(message)
         self.status = status
-        self.headers = None if retry_after is None else {"retry-after": str(retry_after)}
+        self.headers: dict[str, str] = {}
+        if retry_after is not None:
+            self.headers["retry-after"] = str(retry_after)
+        if status == 401:
+            self.headers["www-authenticate"] = "Bearer"
         self.body = ErrorBody(message, _TYPES.get(status, "server_error"), param, code)
 
 

@@ -24,6 +24,7 @@ from neuroscope_vllm.server.lags import Lags
 from neuroscope_vllm.server.narrate import Named, Narrator
 from neuroscope_vllm.server.prefix import PrefixCache
 from neuroscope_vllm.server.readers import Readers
+from neuroscope_vllm.server.rights import ALL, Rights
 from neuroscope_vllm.server.rows import unpack
 from neuroscope_vllm.server.senders import FORGOTTEN_AFTER_S, Sender, Senders
 from neuroscope_vllm.server.shown import Shown
@@ -158,18 +159,18 @@ class Hub:
 
     # Readers
 
-    def subscribe_all(self, after: int | None = None) -> AllRequests:
-        return self._readers.subscribe_all(after)
+    def subscribe_all(self, after: int | None = None, rights: Rights = ALL) -> AllRequests:
+        return self._readers.subscribe_all(after, rights)
 
-    def subscribe(self, name: str, after: int | None = None) -> OneRequest:
-        return self._readers.subscribe(name, after)
+    def subscribe(self, name: str, after: int | None = None, rights: Rights = ALL) -> OneRequest:
+        return self._readers.subscribe(name, after, rights)
 
     def unsubscribe(self, reader: AllRequests | OneRequest, name: str | None = None) -> None:
         self._readers.unsubscribe(reader, name)
 
-    def running(self, name: str) -> list[tuple[str, str]]:
-        """(internal id, engine) of the choices of this name that still run."""
-        opened = (self._open.get(trace.internal_id) for trace in self.traces.find(name))
+    def running(self, name: str, rights: Rights) -> list[tuple[str, str]]:
+        """(internal id, engine) of the choices of this name that still run and one may read."""
+        opened = (self._open.get(trace.internal_id) for trace in self.traces.find(name, rights))
         return [
             (one.narrator.started.internal_id, one.engine)
             for one in opened
@@ -191,7 +192,8 @@ class Hub:
         narrator = Narrator(
             started, self.model, shown.label_of, shown.unreliable, dense, self.tokenizer
         )
-        trace = Trace(internal_id, started.request_id, started.choice, started.created)
+        ids = internal_id, started.request_id, started.choice
+        trace = Trace(*ids, started.created, started.secret)
         self.begin(trace)
         self.counters["requests"] += 1
         size = OPEN_BYTES + 2 * len(wire.encode(started))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
+from neuroscope_vllm.server.rights import Rights
 from neuroscope_vllm.server.subscribe import AllRequests, EventId, OneRequest
 from neuroscope_vllm.server.traces import Log, Trace, TraceStore
 
@@ -45,16 +46,16 @@ class Readers:
     def of_one(self) -> int:
         return self._count - len(self._everything)
 
-    def subscribe_all(self, after: int | None) -> AllRequests:
+    def subscribe_all(self, after: int | None, rights: Rights) -> AllRequests:
         self._count_one()
-        reader = AllRequests(self._ring, self._event_id, self._counters, after)
+        reader = AllRequests(self._ring, self._event_id, self._counters, after, rights)
         self._everything.add(reader)
         return reader
 
-    def subscribe(self, name: str, after: int | None) -> OneRequest:
+    def subscribe(self, name: str, after: int | None, rights: Rights) -> OneRequest:
         self._count_one()
-        reader = OneRequest(self._event_id, self._counters, after)
-        for trace in self._traces.find(name):
+        reader = OneRequest(self._event_id, self._counters, after, rights)
+        for trace in self._traces.find(name, rights):
             reader.attach(trace)
         self._by_name.setdefault(name, set()).add(reader)
         return reader

@@ -16,6 +16,7 @@ from typing import Protocol
 import msgspec
 
 from neuroscope_vllm.core import events
+from neuroscope_vllm.server.rights import Rights
 from neuroscope_vllm.server.traces import UNBOUNDED, Event, Log, Trace
 
 SIBLING_GRACE_S = 0.5
@@ -77,13 +78,19 @@ class _Base:
 
 
 class AllRequests(_Base):
-    """Everything from now on, or from after event `after` on."""
+    """Everything that one may read from now on, or from after event `after` on."""
 
     def __init__(
-        self, log: Log, event_id: EventId, counters: Counter[str], after: int | None
+        self,
+        log: Log,
+        event_id: EventId,
+        counters: Counter[str],
+        after: int | None,
+        rights: Rights,
     ) -> None:
         super().__init__(event_id, counters)
         self._log = log
+        self._rights = rights
         self._cursor = log.end if after is None else log.after(after)
         self._resuming = after is not None
         if after is not None and after + 1 < log.first:
@@ -96,26 +103,39 @@ class AllRequests(_Base):
             self.tell_gap(reason, log.first - self._cursor, log.first - 1)
             self._cursor = log.first
         self._resuming = False
-        batch = log.read(self._cursor, limit, max_bytes)
-        self._cursor += len(batch)
+        batch: list[Event] = []
+        while not batch and self._cursor < log.end:
+            batch = log.read(self._cursor, limit, max_bytes)
+            self._cursor += len(batch)
+            if log.secret_events and not self._rights.everything:
+                batch = [event for event in batch if self._may_read(event)]
         return self._taken(batch)
+
+    def _may_read(self, event: Event) -> bool:
+        return self._rights.may_read(event.trace.secret if event.trace else None)
 
     async def wait(self) -> None:
         await self._sleep(None)
 
 
 class OneRequest(_Base):
-    """All choices known under one id: replayed from their begin (or after event `after`), then
-    live, until all are done. Waits for a request that has not begun."""
+    """All choices known under one id that one may read: replayed from their begin (or after event
+    `after`), then live, until all are done. Waits for a request that has not begun."""
 
-    def __init__(self, event_id: EventId, counters: Counter[str], after: int | None) -> None:
+    def __init__(
+        self, event_id: EventId, counters: Counter[str], after: int | None, rights: Rights
+    ) -> None:
         super().__init__(event_id, counters)
         self._after = after
+        self._rights = rights
         self._cursors: dict[Trace, int] = {}
         self._attached = False
         self._last_end = 0.0  # of those that were read to their end, and are forgotten
 
     def attach(self, trace: Trace) -> None:
+        """Read a choice, too, if one may: somebody else's may bear the same id."""
+        if not self._rights.may_read(trace.secret):
+            return
         self._attached = True
         if self._after is None:
             self._cursors[trace] = 0

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import msgspec
 
 from neuroscope_vllm.core.recording.record import aliases
+from neuroscope_vllm.server.rights import ALL, Rights
 
 UNBOUNDED = 1 << 62
 EVENT_OVERHEAD_BYTES = 400
@@ -54,28 +55,39 @@ class Event(msgspec.Struct, gc=False, eq=False):
         return frame[4 : frame.index(b"\n")] if frame.startswith(b"id: ") else None
 
     @property
+    def is_secret(self) -> bool:
+        return self.trace is not None and self.trace.secret is not None
+
+    @property
     def size(self) -> int:
         return len(self.frame) + EVENT_OVERHEAD_BYTES
 
 
 class Log:
-    """Events by index, counted from 0; the oldest can be dropped."""
+    """Events by index, counted from 0; the oldest can be dropped.
+
+    Attributes:
+        secret_events: How many of those kept are of requests with a stream secret.
+    """
 
     def __init__(self) -> None:
         self.first = 0
         self.end = 0
         self.bytes = 0
+        self.secret_events = 0
         self._events: dict[int, Event] = {}
 
     def append(self, event: Event) -> None:
         self._events[self.end] = event
         self.end += 1
         self.bytes += event.size
+        self.secret_events += event.is_secret
 
     def drop_oldest(self) -> None:
         event = self._events.pop(self.first)
         self.first += 1
         self.bytes -= event.size
+        self.secret_events -= event.is_secret
 
     def read(self, cursor: int, limit: int, max_bytes: int = UNBOUNDED) -> list[Event]:
         """Up to `limit` events from `cursor` on, which must not lie before `first`; none after
@@ -104,14 +116,22 @@ class Log:
 
 
 class Trace(Log):
-    """All events of one choice."""
+    """All events of one choice. `secret`: the digest of its stream secret, if it has one."""
 
-    def __init__(self, internal_id: str, request_id: str, choice: int, created: float) -> None:
+    def __init__(
+        self,
+        internal_id: str,
+        request_id: str,
+        choice: int,
+        created: float,
+        secret: bytes | None = None,
+    ) -> None:
         super().__init__()
         self.internal_id = internal_id
         self.request_id = request_id
         self.choice = choice
         self.created = created
+        self.secret = secret
         self.finished_at: float | None = None
         self.aliases = aliases(request_id, internal_id)
 
@@ -142,9 +162,10 @@ class TraceStore:
         for name in trace.aliases:
             self._by_alias.setdefault(name, {})[trace.internal_id] = trace
 
-    def find(self, name: str) -> list[Trace]:
-        """Traces of any id; being asked for keeps a finished one longer."""
-        found = list(self._by_alias.get(name, {}).values())
+    def find(self, name: str, rights: Rights = ALL) -> list[Trace]:
+        """Traces of any id that one may read; being asked for keeps a finished one longer."""
+        named = self._by_alias.get(name, {}).values()
+        found = [trace for trace in named if rights.may_read(trace.secret)]
         for trace in found:
             if trace.internal_id in self._finished:
                 self._finished.move_to_end(trace.internal_id)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from neuroscope_vllm.core import launch, wire
+from neuroscope_vllm.core.access import KeyDigests
 from neuroscope_vllm.core.config import Settings
 from neuroscope_vllm.core.errors import ConfigError
 from neuroscope_vllm.core.labels import Label, LabelSet
@@ -175,13 +176,14 @@ def test_docs_and_version(side: Side):
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.8.8.8", "::1", "localhost"])
 def test_loopback_is_served(host: str):
-    launch.check_bind(Settings(features_host=host))
+    launch.check_bind(Settings(features_host=host), KeyDigests())
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.1", "example.org", ""])
 def test_anything_else_is_refused(host: str):
     with pytest.raises(ConfigError, match="features_host is"):
-        launch.check_bind(Settings(features_host=host))
+        launch.check_bind(Settings(features_host=host), KeyDigests())
+    launch.check_bind(Settings(features_host=host), KeyDigests(user=[b"digest"]))
 
 
 def test_other_hosts_names_are_refused(side: Side):

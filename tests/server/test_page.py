@@ -235,7 +235,7 @@ def test_a_narrow_page_and_less_motion(site: Site, new_page: Callable[..., Page]
 @needs_browser
 def test_a_message_that_fails_says_why(site: Site, new_page: Callable[..., Page], new_side: Any):
     failed = "Failed to load resource: the server responded with a status of 503 "
-    page = new_page(new_side().base, expected=failed + "(Service Unavailable)")
+    page = new_page(new_side().base, failed + "(Service Unavailable)")
     with page.expect_response("**/v1/chat/completions") as answer:
         page.fill("#text", "hi")
         page.keyboard.press("Enter")

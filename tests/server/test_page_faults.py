@@ -32,7 +32,7 @@ def messages(site: Site) -> list[str]:
 
 @needs_browser
 def test_a_turn_that_failed_is_no_history(site: Site, new_page: Callable[..., Page]):
-    page = new_page(site.url + "#watch=mine", expected=REFUSED)
+    page = new_page(site.url + "#watch=mine", REFUSED)
     error = {"error": {"message": "the prompt is too long", "code": 400}}
     chats = "**/v1/chat/completions"
     page.route(chats, lambda route: route.fulfill(status=400, json=error), times=1)

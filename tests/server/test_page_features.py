@@ -126,7 +126,7 @@ CARD = {
 
 @needs_browser
 def test_the_card_shows_all_there_is(site: Site, new_page: Callable[..., Page]):
-    page = new_page("about:blank", expected=REFUSED)
+    page = new_page("about:blank", REFUSED)
     links = {"neuronpedia": "https://www.neuronpedia.org/gemma-2-2b/20-gemmascope-res-16k/7"}
     page.route("**/v1/features/7?**", lambda route: route.fulfill(json=CARD | links))
     page.goto(site.url + "#card=12:7")

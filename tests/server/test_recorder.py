@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from neuroscope_vllm.core import launch
+from neuroscope_vllm.core.access import KeyDigests
 from neuroscope_vllm.core.config import Settings
 from neuroscope_vllm.core.errors import ConfigError
 from neuroscope_vllm.core.recording.files import Recording, read_traces
@@ -277,7 +278,7 @@ def test_a_disk_that_takes_nothing_stops_no_stream(
 def test_a_folder_that_can_not_be_is_refused(tmp_path: Path, where: str) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(ConfigError, match="where no file can be made"):
-        launch.check_side(Settings(record=str(tmp_path / where)))
+        launch.check_side(Settings(record=str(tmp_path / where)), KeyDigests())
 
 
 def test_a_folder_that_one_may_not_write_is_refused(tmp_path: Path) -> None:
@@ -288,7 +289,7 @@ def test_a_folder_that_one_may_not_write_is_refused(tmp_path: Path) -> None:
         from neuroscope_vllm.core import config, launch
         os.chdir({str(tmp_path)!r})
         os.setuid(65534)
-        launch.check_side(config.Settings(record="kept"))
+        launch.check_side(config.Settings(record="kept"), KeyDigests())
     """
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert ran.returncode == 1

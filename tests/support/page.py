@@ -75,15 +75,18 @@ def new_page(browser: Browser) -> Iterator[Callable[..., Page]]:
     faults: list[str] = []
     contexts = []
 
-    def open_page(url: str, expected: str | None = None, **options: Any) -> Page:
+    def forget(expected: tuple[str, ...]) -> None:
+        assert set(expected) <= set(faults)
+        faults[:] = [fault for fault in faults if fault not in expected]
+
+    def open_page(url: str, *expected: str, **options: Any) -> Page:
         context = browser.new_context(**{"viewport": {"width": 1200, "height": 900}, **options})
         contexts.append(context)
         page = context.new_page()
         page.set_default_timeout(15_000)
         page.on("pageerror", lambda error: faults.append(str(error)))
         page.on("console", lambda m: faults.append(m.text) if m.type == "error" else None)
-        if expected is not None:
-            page.on("close", lambda _: faults.remove(expected))
+        page.on("close", lambda _: forget(expected))
         page.goto(url)
         return page
 

@@ -52,6 +52,11 @@ class Served:
     log: Path
     port: int
     features_port: int
+    key: str | None = None
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"Authorization": f"Bearer {self.key}"} if self.key else {}
 
     @property
     def chat(self) -> str:
@@ -92,7 +97,8 @@ class Served:
         deadline = time.monotonic() + timeout
         answer: Any = None
         while time.monotonic() < deadline:
-            response = httpx.get(f"{self.features}/v1/requests/{request_id}", timeout=10)
+            url = f"{self.features}/v1/requests/{request_id}"
+            response = httpx.get(url, headers=self.headers, timeout=10)
             answer = response.json()
             if response.status_code == 200:
                 found = answer["choices"]

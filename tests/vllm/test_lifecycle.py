@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import signal
 import subprocess
 import time
@@ -14,6 +16,7 @@ import httpx
 import psutil
 import pytest
 
+from neuroscope_vllm.core.access import SECRET_HEADER
 from neuroscope_vllm.core.labels import Label, LabelSet
 from tests.support import models
 from tests.support.served import (
@@ -27,6 +30,7 @@ from tests.support.served import (
 )
 
 EAGER = (*SMALL, "--enforce-eager")
+USER, ADMIN, SECRET = "a-key-of-vllm-itself", "an-admin-key-of-ours", "a-secret-of-one-stream"
 
 
 def side_processes(served: Served) -> list[psutil.Process]:
@@ -62,7 +66,7 @@ def chat(served: Served, request_id: str, url: str | None = None, max_tokens: in
     response = httpx.post(
         f"{url or served.chat}/v1/chat/completions",
         json=body,
-        headers={"X-Request-Id": request_id},
+        headers={**served.headers, "X-Request-Id": request_id},
         timeout=120,
     )
     response.raise_for_status()
@@ -207,6 +211,28 @@ def test_ctrl_c_drains_and_exits_130_within_10_seconds(served: Served) -> None:
     assert not runtime_directory.exists()
 
 
+def check_secret(server: Served, side: psutil.Process, family: list[psutil.Process]) -> None:
+    """vLLM's key reads what it can name, but for a secret request, whose secret nobody logs."""
+    body = {"model": "tiny", "prompt": "Hi", "max_tokens": 4, "n": 2, "temperature": 1}
+    body["vllm_xargs"] = {"neuroscope": json.dumps({"stream_secret": SECRET})}
+    headers = {**server.headers, "X-Request-Id": "hidden"}
+    httpx.post(f"{server.chat}/v1/completions", json=body, headers=headers).raise_for_status()
+    admin, shown = {"Authorization": f"Bearer {ADMIN}"}, {SECRET_HEADER: SECRET}
+    url = f"{server.features}/v1/requests/hidden"
+    wait_until(lambda: httpx.get(url, headers=admin).status_code == 200)
+    for headers in (admin, shown, server.headers | shown):
+        assert len(httpx.get(url, headers=headers).json()["choices"]) == 2
+    assert httpx.get(url, headers=server.headers).status_code == 404
+    assert httpx.get(url).status_code == 401
+    assert httpx.get(f"{server.features}/v1/requests", headers=server.headers).status_code == 403
+    log = server.log.read_text()
+    assert hashlib.sha256(SECRET.encode()).hexdigest() in log  # in the parameters that vLLM logs
+    told = [log, *(" ".join(process.cmdline()) for process in family)]
+    told += [str(side.environ()), (Path(side.cmdline()[-1])).read_text()]
+    assert not any(one in text for one in (SECRET, ADMIN) for text in told)
+    assert USER not in told[-1] + told[-2]
+
+
 def test_two_api_servers_share_one_side_process_and_two_layers_one_pass(
     tiny_llama: Path, tiny_sae: Path, tmp_path: Path
 ) -> None:
@@ -218,8 +244,10 @@ def test_two_api_servers_share_one_side_process_and_two_layers_one_pass(
         tiny_llama,
         tmp_path / "log",
         neuroscope={"sae": [str(tiny_sae), str(earlier)]},
-        vllm_flags=(*EAGER, "--api-server-count", "2"),
+        vllm_flags=(*EAGER, "--api-server-count", "2", "--api-key", USER, "--enable-log-requests"),
+        env={"NEUROSCOPE_ADMIN_KEYS": ADMIN},
     )
+    server.key = USER
     family: list[psutil.Process] = []
     try:
         server.wait_ready()
@@ -233,6 +261,7 @@ def test_two_api_servers_share_one_side_process_and_two_layers_one_pass(
             for event in tokens[:-2]:
                 labels = {f["label"] for f in event["top_features"]}
                 assert (None in labels) == (event["layer"] == 20)
+        check_secret(server, side, family)
         server.process.kill()
         wait_until(lambda: not side.is_running(), timeout=5)
     finally:

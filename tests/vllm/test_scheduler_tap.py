@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +17,8 @@ from neuroscope_vllm.core.config import Settings
 from neuroscope_vllm.core.sae.info import SAEInfo
 from neuroscope_vllm.engine.serving import requests
 from neuroscope_vllm.engine.serving.sites import SiteSettings
-from neuroscope_vllm.engine.vllm.admission import admit
+from neuroscope_vllm.engine.vllm.admission import admit, refuse_beams
+from neuroscope_vllm.engine.vllm.ids import secret_of
 from neuroscope_vllm.engine.vllm.scheduler import SchedulerTap
 from neuroscope_vllm.engine.vllm.settings import WorkerSettings
 
@@ -141,6 +144,21 @@ def test_what_we_note_in_extra_args_is_not_taken_from_clients(value: Any) -> Non
     params.extra_args = {"neuroscope_n": value}
     with pytest.raises(ValueError, match=r"vllm_xargs.neuroscope_n is reserved"):
         admit(params)
+
+
+def test_a_stream_secret_is_admitted_as_its_digest_alone() -> None:
+    secret = "a-secret-of-one-stream"
+    expected = hashlib.sha256(secret.encode()).digest()
+    for given in ({"stream_secret": secret}, json.dumps({"stream_secret": secret})):
+        params = SamplingParams(n=2, extra_args={"neuroscope": given})
+        admit(params)
+        assert secret not in repr(params)
+        assert secret_of(params) == expected
+        again = params.clone()
+        admit(again)
+        assert secret_of(again) == expected
+    with pytest.raises(ValueError, match="beam search can not be kept secret"):
+        refuse_beams({"neuroscope": {"stream_secret": secret}})
 
 
 def test_copies_of_admitted_params_are_admitted() -> None:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from neuroscope_vllm.core.request import KEY, request_options
+from neuroscope_vllm.core.access import digest
+from neuroscope_vllm.core.request import KEY, request_options, without_secret
 from neuroscope_vllm.core.steering.catalogue import Catalogue
 from neuroscope_vllm.core.steering.settle import SteeringRefused, settle
-from neuroscope_vllm.engine.vllm.ids import CHOICES, PATCHING, STEERING
+from neuroscope_vllm.engine.vllm.ids import CHOICES, PATCHING, SECRET, STEERING
 
-_OURS = (CHOICES, STEERING, PATCHING)
+_OURS = (CHOICES, STEERING, PATCHING, SECRET)
 _catalogues: list[Catalogue] = []  # at most one: what this front process's engine steers with
 
 
@@ -25,6 +26,11 @@ def steer_with(catalogue: Catalogue) -> None:
 def refuse_beams(extra_args: dict[str, Any] | None) -> None:
     """Beam search takes no options along, so what would steer it is refused. Raises ValueError."""
     options = request_options(extra_args)
+    if options.stream_secret is not None:
+        raise ValueError(
+            f"vllm_xargs.{KEY}: beam search can not be kept secret in vLLM; leave use_beam_search"
+            " out."
+        )
     if options.steer or options.preset or options.rules:
         raise ValueError(
             f"vllm_xargs.{KEY}: beam search can not be steered in vLLM; leave use_beam_search out."
@@ -57,6 +63,10 @@ def admit(params: Any) -> None:
                 params.skip_reading_prefix_cache = True
     if options.prompt_features == "all":
         params.skip_reading_prefix_cache = True
+    if options.stream_secret is not None:
+        # The engine, its log and the wire to the hub have the digest alone.
+        given = {**given, KEY: without_secret(given[KEY])}
+        noted[SECRET] = {"sha256": digest(options.stream_secret).hex()}
     if params.n > 1:
         noted[CHOICES] = {"n": params.n}
     if noted or STEERING in given:

@@ -9,16 +9,23 @@ import atexit
 import contextlib
 import logging
 import os
+import socket
 import sys
 from collections.abc import Iterator
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from vllm.config import VllmConfig
 
-from neuroscope_vllm.core import launch
-from neuroscope_vllm.core.config import RUNTIME_VARIABLE, Settings, asked_for, resolve
+from neuroscope_vllm.core import access, launch
+from neuroscope_vllm.core.config import (
+    ADMIN_KEYS_VARIABLE,
+    RUNTIME_VARIABLE,
+    Settings,
+    asked_for,
+    resolve,
+)
 from neuroscope_vllm.core.errors import ConfigError, NeuroscopeError
 from neuroscope_vllm.core.keys import check_reachable, hub_endpoint
 from neuroscope_vllm.core.sae.observed import named
@@ -29,6 +36,14 @@ from neuroscope_vllm.engine.vllm.refusals import check_served, warnings
 from neuroscope_vllm.engine.vllm.settings import KEY, WorkerSettings, given_flags
 
 logger = logging.getLogger(__name__)
+
+
+class _Door(NamedTuple):
+    """What a side process of this process's own will listen on; vLLM's URL, and all keys."""
+
+    listener: socket.socket
+    own_url: str | None
+    keys: access.KeyDigests
 
 
 _passes_only = ContextVar("passes_only", default=False)
@@ -77,11 +92,10 @@ def create_engine_config(original: Any, engine_args: Any, *args: Any, **kwargs: 
         hub = hub_endpoint(settings) if streams else None
         if streams:
             check_reachable(settings)
-        listener = None
+        door = None
         if serving and settings.hub is None and RUNTIME_VARIABLE not in os.environ:
             # Before vLLM's own work: a taken port should not cost a model download.
-            launch.check_side(settings)
-            listener = launch.listen(settings.features_host, settings.features_port)
+            door = _open_door(settings)
         vllm_config = original(engine_args, *args, **kwargs)
         check_served(vllm_config)
         settings = named(settings, vllm_config.model_config.model)
@@ -96,7 +110,7 @@ def create_engine_config(original: Any, engine_args: Any, *args: Any, **kwargs: 
         operator = Operator.load(settings.steering)
         if streams:
             admission.steer_with(steer_catalogue.build(steered, operator, vllm_config))
-        endpoint = _endpoint(hub, settings, vllm_config, listener, sites) if streams else None
+        endpoint = _endpoint(hub, settings, vllm_config, door, sites) if streams else None
     except NeuroscopeError as error:
         if serving:
             sys.exit(f"neuroscope: {error}")
@@ -147,7 +161,7 @@ def _endpoint(
     hub: str | None,
     settings: Settings,
     vllm_config: VllmConfig,
-    listener: Any,
+    door: _Door | None,
     sites: list[SiteSettings],
 ) -> str:
     """Where workers connect; starts the side process if this process is to have one."""
@@ -161,7 +175,7 @@ def _endpoint(
         return hub
     if directory := os.environ.get(RUNTIME_VARIABLE):
         return launch.endpoint_of(Path(directory))
-    if listener is None:
+    if door is None:
         raise ConfigError(
             "neuroscope has no hub to send features to: offline engines need `hub`, the endpoint"
             " of a side process; `neuroscope hub` runs one."
@@ -171,20 +185,31 @@ def _endpoint(
         settings,
         model=_served_name(vllm_config),
         directory=directory,
-        listener=listener,
+        listener=door.listener,
         tokenizer_file=_tokenizer_file(vllm_config, directory),
-        upstream=settings.upstream or _own_url(),
+        upstream=settings.upstream or door.own_url,
         labels=launch.label_files(settings, layers_of(settings, sites)),
         model_source=_model_source(vllm_config),
+        keys=door.keys,
     )
+    os.environ.pop(ADMIN_KEYS_VARIABLE, None)  # nobody else in this engine has use for them
     atexit.register(side.stop)
     layers = ", ".join(str(site.layer) for site in sites)
     logger.info(
         "neuroscope: features of layer %s on http://%s:%d",
         layers,
-        *listener.getsockname()[:2],
+        *door.listener.getsockname()[:2],
     )
     return launch.endpoint_of(directory)
+
+
+def _open_door(settings: Settings) -> _Door:
+    """Raises ConfigError, for example if the port is taken."""
+    own_url, vllm_keys = _own_server()
+    keys = access.key_digests(settings, vllm_keys)
+    launch.check_side(settings, keys)
+    listener = launch.listen(settings.features_host, settings.features_port)
+    return _Door(listener, own_url, keys)
 
 
 def _spans_hosts(vllm_config: VllmConfig) -> bool:
@@ -223,10 +248,10 @@ def _model_source(vllm_config: VllmConfig) -> str:
     return f"{model.model}@{model.revision}" if model.revision else model.model
 
 
-def _own_url() -> str | None:
-    """vLLM's base URL as this process was asked to serve it; None if it is not a server.
+def _own_server() -> tuple[str | None, list[str]]:
+    """vLLM's base URL as this process was asked to serve it, None if it is not a server; its keys.
 
-    The port is no part of EngineArgs, so vLLM's own parser reads the command line once more.
+    Neither is part of EngineArgs, so vLLM's own parser reads the command line once more.
     """
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
@@ -242,12 +267,14 @@ def _own_url() -> str | None:
     try:
         given: Any = parser.parse_args(words)  # unlike parse_known_args it reads vLLM's --config
     except SystemExit:
-        return None  # another program that embeds vLLM's server; its command line is its own
+        # Another program that embeds vLLM's server; its command line is its own.
+        return None, access.vllm_keys()
+    keys = [key for key in given.api_key or access.vllm_keys() if key]
     if given.uds:
-        return None
+        return None, keys
     scheme = "https" if given.ssl_certfile else "http"
     host = given.host if given.host not in (None, "", "0.0.0.0", "::") else "127.0.0.1"
-    return f"{scheme}://{launch.url_host(host)}:{given.port}"
+    return f"{scheme}://{launch.url_host(host)}:{given.port}", keys
 
 
 def _is_server(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

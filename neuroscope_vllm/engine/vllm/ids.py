@@ -12,6 +12,8 @@ STEERING = "neuroscope_steering"
 """Where `admission` leaves what a request's steering comes to, as a dict."""
 PATCHING = "neuroscope_patching"
 """Where `patch_engine` leaves what is read and replaced in a request, as a dict."""
+SECRET = "neuroscope_secret"
+"""Where `admission` leaves `{"sha256": hex}` of a request's stream secret, in its place."""
 MAX_CHOICES = 1 << 16
 
 _CHILD = re.compile(r"^(\d+)_")
@@ -56,3 +58,9 @@ def _choices(params: Any) -> int:
     noted = (params.extra_args or {}).get(CHOICES)
     n = noted.get("n") if isinstance(noted, dict) else None
     return n if type(n) is int and 0 < n < MAX_CHOICES else 1
+
+
+def secret_of(params: Any) -> bytes | None:
+    """Digest of the stream secret that the request was sent with, if any."""
+    noted = (params.extra_args or {}).get(SECRET)
+    return bytes.fromhex(noted["sha256"]) if noted else None

@@ -20,7 +20,7 @@ from vllm.v1.request import RequestStatus
 from neuroscope_vllm.core import wire
 from neuroscope_vllm.engine.serving.requests import RequestLog, prompt_tokens
 from neuroscope_vllm.engine.vllm import live_steering, rule_stops
-from neuroscope_vllm.engine.vllm.ids import identify
+from neuroscope_vllm.engine.vllm.ids import identify, secret_of
 from neuroscope_vllm.engine.vllm.live_steering import LiveSteering
 from neuroscope_vllm.engine.vllm.prefix_salt import salt_of, steering_of
 from neuroscope_vllm.engine.vllm.settings import (
@@ -104,6 +104,7 @@ class SchedulerTap:
             edit_salt=salt[1] if salt else b"",
             steering=steering.describe() if steering else None,
             traceparent=(request.trace_headers or {}).get("traceparent"),
+            secret=secret_of(params),
         )
         self.log.started(started)
 

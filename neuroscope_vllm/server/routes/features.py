@@ -15,6 +15,7 @@ from neuroscope_vllm.core.detokenize import special_ids
 from neuroscope_vllm.core.errors import ConfigError
 from neuroscope_vllm.core.labels import Label, LabelSet
 from neuroscope_vllm.core.wire import Site
+from neuroscope_vllm.server.access import Access, Caller
 from neuroscope_vllm.server.cards import CardError, CardReader
 from neuroscope_vllm.server.errors import ApiError
 from neuroscope_vllm.server.hub import Hub
@@ -91,6 +92,7 @@ async def describe(request: Request) -> dict[str, Any]:
         "labellers": [_coverage(layer, one, sites) for layer, one in _label_sets(hub)],
         "recording": _recording(settings),
         "replay": request.app.state.replay,
+        "access": _access(request),
         "limits": {
             "trace_requests": settings.trace_requests,
             "memory_mb": settings.memory_mb,
@@ -106,6 +108,17 @@ async def describe(request: Request) -> dict[str, Any]:
         "warnings": sorted({text for sender in senders for text in sender["warnings"]}),
         "senders": senders,
         "counters": counters_of(hub),
+    }
+
+
+def _access(request: Request) -> dict[str, bool]:
+    """Whether there are keys; whether who asks may list requests, and has signed in."""
+    access: Access = request.app.state.access
+    caller: Caller = request.state.caller
+    return {
+        "keys": bool(access.keys),
+        "lists": caller.rights.lists,
+        "session": caller.session is not None,
     }
 
 

@@ -29,8 +29,6 @@ POLICY = (
 )
 HEADERS = {
     "content-security-policy": POLICY,
-    "x-content-type-options": "nosniff",
-    "referrer-policy": "no-referrer",
     "cache-control": "no-cache",  # an upgraded server must not run half of an old page
 }
 
@@ -59,10 +57,7 @@ async def export(request: Request, request_id: str) -> Response:
     )
     html = await asyncio.to_thread(_one_file, about, bytes(kept.body), str(request.base_url))
     name = quote(f"{request_id}.html", safe="")
-    headers = {
-        "content-disposition": f"attachment; filename*=UTF-8''{name}",
-        "x-content-type-options": "nosniff",
-    }
+    headers = {"content-disposition": f"attachment; filename*=UTF-8''{name}"}
     return Response(html, media_type="text/html", headers=headers)
 
 

@@ -12,11 +12,11 @@ import httpx
 from fastapi import APIRouter, Request, Response
 from starlette.types import Receive, Scope, Send
 
+from neuroscope_vllm.server.access import Caller
 from neuroscope_vllm.server.errors import ApiError, answer
 
 FORWARDED = (
     "accept",
-    "authorization",
     "content-type",
     "traceparent",
     "tracestate",
@@ -52,6 +52,9 @@ async def pass_through(request: Request) -> Response:
         message = f"{MAX_PASSED} requests are passed through to vLLM already; ask it directly."
         raise ApiError(503, message, retry_after=RETRY_AFTER_S)
     headers = {name: request.headers[name] for name in FORWARDED if name in request.headers}
+    caller: Caller = request.state.caller
+    if caller.authorization is not None:
+        headers["authorization"] = caller.authorization
     headers["accept-encoding"] = "identity"  # chunks are passed on as they come
     url = httpx.URL(path=request.url.path, query=request.url.query.encode())
     body = await request.body()

@@ -7,6 +7,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from neuroscope_vllm.core.events import encoder
+from neuroscope_vllm.server.access import Caller
 from neuroscope_vllm.server.errors import ApiError
 from neuroscope_vllm.server.hub import Hub
 from neuroscope_vllm.server.traces import Trace
@@ -21,15 +22,18 @@ router = APIRouter(prefix="/v1/requests", tags=["requests"])
 async def recent(request: Request) -> dict[str, Any]:
     """The latest requests kept, newest first."""
     hub: Hub = request.app.state.hub
-    traces = sorted(hub.traces, key=lambda trace: trace.created, reverse=True)[:RECENT]
-    return {"data": [_summary(trace) for trace in traces], "total": len(hub.traces)}
+    caller: Caller = request.state.caller
+    traces = [trace for trace in hub.traces if caller.rights.may_read(trace.secret)]
+    traces.sort(key=lambda trace: trace.created, reverse=True)
+    return {"data": [_summary(trace) for trace in traces[:RECENT]], "total": len(traces)}
 
 
 @router.get("/{request_id:path}")
 async def trace(request: Request, request_id: str) -> Response:
     """All kept events of all choices that bear this id."""
     hub: Hub = request.app.state.hub
-    found = hub.traces.find(request_id)
+    caller: Caller = request.state.caller
+    found = hub.traces.find(request_id, caller.rights)
     if not found:
         raise ApiError(
             404,

@@ -11,10 +11,10 @@ from fastapi import APIRouter, Request
 
 from neuroscope_vllm.core import wire
 from neuroscope_vllm.core.steering.spec import SteeringSpec
+from neuroscope_vllm.server.access import Caller
 from neuroscope_vllm.server.errors import ApiError
 from neuroscope_vllm.server.hub import Hub
 
-MAX_BODY = 1 << 16
 _PARENT = re.compile(r"^\d+_")  # what vLLM puts before the id of a choice under n > 1
 
 router = APIRouter(prefix="/v1/requests", tags=["requests"])
@@ -38,13 +38,8 @@ async def change(request: Request, request_id: str) -> dict[str, Any]:
 
     The body is that of `vllm_xargs.neuroscope`: `{"steer": [...], "preset": ..., "rules": [...]}`.
     """
-    content = bytearray()
-    async for chunk in request.stream():
-        content += chunk
-        if len(content) > MAX_BODY:
-            raise ApiError(413, f"the body has more than {MAX_BODY} bytes; give a smaller one.")
     try:
-        asked = msgspec.json.decode(content, type=Body)
+        asked = msgspec.json.decode(await request.body(), type=Body)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise ApiError(
             400,
@@ -63,9 +58,10 @@ async def stop(request: Request, request_id: str) -> dict[str, Any]:
 
 async def _steer(request: Request, request_id: str, asked: SteeringSpec | None) -> dict[str, Any]:
     hub: Hub = request.app.state.hub
-    running = hub.running(request_id)
+    caller: Caller = request.state.caller
+    running = hub.running(request_id, caller.rights)
     if not running:
-        known = bool(hub.traces.find(request_id))
+        known = bool(hub.traces.find(request_id, caller.rights))
         raise ApiError(
             409 if known else 404,
             f"request {request_id!r} {'has ended' if known else 'is not known here'}; only one that"

@@ -7,9 +7,11 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Header, Query, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 
+from neuroscope_vllm.server.access import Caller, not_an_admin
 from neuroscope_vllm.server.errors import ApiError
 from neuroscope_vllm.server.hub import MAX_ID, Hub
 from neuroscope_vllm.server.readers import TooManyReaders
+from neuroscope_vllm.server.rights import Rights
 from neuroscope_vllm.server.sse import FeatureResponse
 from neuroscope_vllm.server.view import TOKEN_EVENTS, View
 
@@ -63,18 +65,22 @@ async def stream_features(
     resume.
     """
     hub: Hub = request.app.state.hub
+    caller: Caller = request.state.caller
+    rights = caller.rights
+    if query.request_id is None and not rights.lists:
+        raise not_an_admin(rights, "the stream of all requests")
     view = _view(hub, query, "application/x-ndjson" in request.headers.get("accept", ""))
     resume = query.last_event_id or last_event_id
     epoch, after = _parse(resume) if resume else (None, None)
     restarted = epoch is not None and epoch != hub.epoch
     name = query.request_id
-    if name is not None and resume and not restarted and _nothing_left(hub, name, after):
+    if name is not None and resume and not restarted and _nothing_left(hub, name, after, rights):
         return Response(status_code=204)
     try:
         if name is None:
-            reader = hub.subscribe_all(-1 if restarted else after)
+            reader = hub.subscribe_all(-1 if restarted else after, rights)
         else:
-            reader = hub.subscribe(name, None if restarted else after)
+            reader = hub.subscribe(name, None if restarted else after, rights)
     except TooManyReaders:
         message = f"{hub.readers} streams are read, as many as max_readers allows; try again later."
         raise ApiError(503, message, retry_after=RETRY_AFTER_S) from None
@@ -110,9 +116,9 @@ def _parse(event_id: str) -> tuple[str, int]:
     return epoch, int(seq)
 
 
-def _nothing_left(hub: Hub, name: str, after: int | None) -> bool:
+def _nothing_left(hub: Hub, name: str, after: int | None, rights: Rights) -> bool:
     """Whether a returning reader has seen all there will be; EventSource stops on a 204."""
     return all(
         trace.finished_at is not None and after is not None and trace.after(after) == trace.end
-        for trace in hub.traces.find(name)
+        for trace in hub.traces.find(name, rights)
     )

@@ -18,6 +18,7 @@ import pytest
 from click.testing import CliRunner
 
 from neuroscope_vllm.cli.main import main
+from neuroscope_vllm.core.access import SECRET_HEADER
 from tests.support.served import (
     NO_VLLM,
     Served,
@@ -202,6 +203,24 @@ def test_a_key_is_asked_for(guarded: Served) -> None:
     children = Path(f"/proc/{guarded.process.pid}/task/{guarded.process.pid}/children")
     for child in children.read_text().split():  # a command line is everybody's to read
         assert KEY not in Path(f"/proc/{child}/cmdline").read_text()
+
+
+def test_its_keys_and_secrets_guard_features_too(guarded: Served) -> None:
+    secret, name = "a-secret-of-one-stream", {"X-Request-Id": "hidden"}
+    xargs = {"neuroscope": json.dumps({"stream_secret": secret})}
+    headers = {"authorization": f"Bearer {KEY}"}
+    url, body = f"{guarded.chat}{COMPLETION}", {"model": "tiny", **SHORT, "vllm_xargs": xargs}
+    assert httpx.post(url, json=body, headers=headers | name, timeout=60).status_code == 200
+    trace = f"{guarded.features}/v1/requests/hidden"
+    assert httpx.get(trace).status_code == 401
+    assert httpx.get(trace, headers=headers).status_code == 404
+    shown = {SECRET_HEADER: secret}
+    until(lambda: httpx.get(trace, headers=headers | shown).status_code == 200)
+    answer = httpx.get(trace, headers=shown)
+    assert answer.json()["choices"][0]["request_id"] == "cmpl-hidden"
+    assert secret not in guarded.log.read_text()
+    until(lambda: "watch: curl" in guarded.log.read_text())  # the banner has a key
+    assert "layer 20" in guarded.log.read_text()
 
 
 def test_pages_elsewhere_may_read_if_they_are_named(guarded: Served) -> None:

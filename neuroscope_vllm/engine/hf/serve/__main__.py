@@ -10,13 +10,10 @@ import sys
 
 import msgspec
 
-from neuroscope_vllm.core import launch
+from neuroscope_vllm.core import access, launch
 from neuroscope_vllm.core.errors import ConfigError, NeuroscopeError
 from neuroscope_vllm.core.keys import check_reachable, hub_endpoint
 from neuroscope_vllm.engine.hf.serve.spec import ServeSpec
-
-KEY_VARIABLE = "VLLM_API_KEY"
-"""vLLM's own; a key on a command line is everybody's to read."""
 
 
 def main() -> None:
@@ -36,10 +33,12 @@ def serve(spec: ServeSpec) -> None:
     settings = spec.settings
     hub = hub_endpoint(settings)
     check_reachable(settings)
-    listener = None
+    listener, keys = None, access.KeyDigests()
+    vllm_keys = access.vllm_keys()
     door = _listen(spec)  # before the model: a taken port should not cost its download
     if hub is None:
-        launch.check_side(settings)
+        keys = access.key_digests(settings, vllm_keys)
+        launch.check_side(settings, keys)
         listener = launch.listen(settings.features_host, settings.features_port)
 
     import uvicorn
@@ -66,11 +65,11 @@ def serve(spec: ServeSpec) -> None:
             upstream=settings.upstream or f"http://{launch.url_host(_own(spec.host))}:{spec.port}",
             labels=launch.label_files(settings, loaded.layers_in_order),
             model_source=spec.model,
+            keys=keys,
         )
         atexit.register(side.stop)
     served = loaded.connect(endpoint)
-    key = os.environ.get(KEY_VARIABLE)
-    application = app.build(served, api_keys=[key] if key else [], origins=spec.allowed_origins)
+    application = app.build(served, api_keys=vllm_keys, origins=spec.allowed_origins)
     config = uvicorn.Config(application, log_level="info", timeout_graceful_shutdown=5)
     uvicorn.Server(config).run(sockets=[door])
 

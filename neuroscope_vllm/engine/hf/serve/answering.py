@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from transformers.cli.serving.model_manager import ModelManager
 from transformers.cli.serving.utils import GenerationState
 
-from neuroscope_vllm.core.request import KEY, request_options
+from neuroscope_vllm.core.access import digest
+from neuroscope_vllm.core.request import KEY, RequestOptions, request_options
 from neuroscope_vllm.core.steering.catalogue import Catalogue
 from neuroscope_vllm.core.steering.settle import SteeringRefused, settle
 from neuroscope_vllm.core.steering.settled import Steering
@@ -49,17 +50,22 @@ class Served:
             text = text[-longest:]
         return self.generator.tokenizer.encode(text, add_special_tokens=ask.add_special_tokens)
 
-    def steering(self, ask: Ask) -> Steering | None:
-        """Raises Refused: It asks for what can not be done."""
+    def options(self, ask: Ask) -> RequestOptions:
+        """Raises Refused: It asks for what we do not know."""
         for name in ask.vllm_xargs or ():
             if name.startswith(f"{KEY}_"):  # as vLLM's engine notes things for itself
                 raise Refused(f"vllm_xargs.{name} is reserved; leave it out.", "vllm_xargs")
         try:
-            return settle(request_options(ask.vllm_xargs), self.catalogue)
-        except SteeringRefused as refusal:
-            raise Refused(f"vllm_xargs.{KEY}.{refusal}", "vllm_xargs") from None
+            return request_options(ask.vllm_xargs)
         except ValueError as error:
             raise Refused(str(error), "vllm_xargs") from None
+
+    def steering(self, options: RequestOptions) -> Steering | None:
+        """Raises Refused: It asks for what can not be done."""
+        try:
+            return settle(options, self.catalogue)
+        except SteeringRefused as refusal:
+            raise Refused(f"vllm_xargs.{KEY}.{refusal}", "vllm_xargs") from None
 
     def check_model(self, ask: Ask) -> None:
         if ask.model not in (None, self.name):
@@ -106,7 +112,9 @@ class Answering:
         self.created = int(time.time())
         longest = served.generator.max_model_len
         self.prompts = prompts = [ask.truncated(prompt, longest) for prompt in prompts]
-        steering = served.steering(ask)
+        options = served.options(ask)
+        steering = served.steering(options)
+        secret = digest(options.stream_secret) if options.stream_secret is not None else None
         rooms = [served.room(ask, prompt) for prompt in prompts]
         for prompt in prompts:
             served.check_ids(ask, prompt)
@@ -125,6 +133,7 @@ class Answering:
                 prompt_ids=prompt,
                 max_tokens=room,
                 steering=steering,
+                secret=secret,
                 wanted_logprobs=ask.wanted_logprobs,
                 tell=tell,
             )

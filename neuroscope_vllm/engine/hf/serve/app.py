@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import inspect
-import secrets
 from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
@@ -19,6 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from transformers.cli.serving.server import build_server
 
+from neuroscope_vllm.core.access import digest, is_among
 from neuroscope_vllm.engine.hf.serve.answering import Served
 from neuroscope_vllm.engine.hf.serve.answers import error_body
 from neuroscope_vllm.engine.hf.serve.ask import Refused
@@ -122,7 +121,7 @@ class _Keys:
 
     def __init__(self, app: ASGIApp, keys: Sequence[str]) -> None:
         self._app = app
-        self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
+        self._digests = list(map(digest, keys))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         guarded = scope["type"] == "http" and scope["path"].startswith(GUARDED)
@@ -134,9 +133,7 @@ class _Keys:
 
     def _admits(self, headers: Headers) -> bool:
         scheme, _, key = headers.get("authorization", "").partition(" ")
-        digest = hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
-        found = [secrets.compare_digest(digest, one) for one in self._digests]
-        return scheme.lower() == "bearer" and any(found)
+        return is_among(digest(key), self._digests) and scheme.lower() == "bearer"
 
 
 class _Cancelling:

@@ -61,12 +61,14 @@ class Generation:
         prompt_ids: list[int],
         max_tokens: int,
         steering: Steering | None,
+        secret: bytes | None,
         wanted_logprobs: int | None,
         tell: Callable[[Piece], object],
     ) -> None:
         """
         Args:
             name: The request's of which this is draw `draw`; an internal id is made of both.
+            secret: Digest of the request's stream secret, if it has one.
             tell: Called on the inference thread.
         """
         self.ask = ask
@@ -74,7 +76,7 @@ class Generation:
         prefix = f"{draw}_" if ask.n > 1 else ""
         self.internal_id = f"{prefix}{name}-{uuid.uuid4().hex[:8]}"
         self.prompt_ids, self.max_tokens = prompt_ids, max_tokens
-        self.steering = steering
+        self.steering, self.secret = steering, secret
         self.wanted_logprobs = wanted_logprobs
         self.tell = tell
         self.created = time.time()
@@ -102,6 +104,7 @@ class Generation:
             edited_from=0 if steering else None,
             edit_salt=steering.digest.encode() if steering else b"",
             steering=steering.describe() if steering else None,
+            secret=self.secret,
         )
 
 

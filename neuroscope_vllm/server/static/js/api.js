@@ -1,5 +1,7 @@
 // Talking to the side process. Addresses are relative: the page works behind a path, too.
 
+import { reach } from "./sign.js";
+
 async function failure(answer) {
   let said = "";
   try {
@@ -12,7 +14,7 @@ async function failure(answer) {
 }
 
 export async function get(path) {
-  const answer = await fetch(path);
+  const answer = await reach(path);
   if (!answer.ok) throw await failure(answer);
   return answer.json();
 }
@@ -20,7 +22,7 @@ export async function get(path) {
 export async function post(path, body, { id, signal } = {}) {
   const headers = { "Content-Type": "application/json" };
   if (id) headers["X-Request-Id"] = id;
-  const answer = await fetch(path, { method: "POST", headers, body: JSON.stringify(body), signal });
+  const answer = await reach(path, { method: "POST", headers, body: JSON.stringify(body), signal });
   if (!answer.ok) throw await failure(answer);
   return answer;
 }
@@ -54,7 +56,7 @@ export async function follow(requestId, { take, heard, signal }) {
   const query = requestId === null ? "" : "?" + new URLSearchParams({ request_id: requestId });
   for (let last = "", wait = 500; !signal.aborted;) {
     try {
-      const answer = await fetch("v1/features/stream" + query, { signal, headers: last ? { "Last-Event-ID": last } : {} });
+      const answer = await reach("v1/features/stream" + query, { signal, headers: last ? { "Last-Event-ID": last } : {} });
       if (answer.status === 204) return;
       if (!answer.ok) throw await failure(answer);
       heard("live");
@@ -66,6 +68,7 @@ export async function follow(requestId, { take, heard, signal }) {
     } catch (error) {
       if (signal.aborted) return;
       heard(error.status ? `stream: ${error.message}` : "reconnecting…");
+      if (error.status === 403) return;   // no key of this kind may ever
       wait = Math.min(wait * 2, 10_000);
     }
     // A stream that ended well is asked once more, and answers 204.

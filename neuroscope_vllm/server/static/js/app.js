@@ -1,6 +1,6 @@
 // The page: from what comes in, and what the user does, to what is painted.
 
-import { watchServer } from "./about.js";
+import { about, watchServer } from "./about.js";
 import { listenToBar, paintBar, paintPause, paintScale } from "./bar.js";
 import { listenToCard, paintCard } from "./card.js";
 import { catchUp, listenToChat, restore } from "./chat.js";
@@ -14,6 +14,7 @@ import { listenToScroll, toToken } from "./scroll.js";
 import { searchAgain, listenToSearch } from "./search.js";
 import { layersOf, listenToRows, paintPins, paintRanking, paintToken, repin } from "./side.js";
 import { isProbe } from "./sent.js";
+import { listenToSign, paintSign } from "./sign.js";
 import { listenToMenus } from "./share.js";
 import { onView, set, view } from "./state.js";
 import { paintChanges } from "./steer.js";
@@ -24,7 +25,7 @@ import { paintTable } from "./table.js";
 import { tokenOf } from "./tokens.js";
 import { KEPT, latest, mark, paintTokens, recolour, turns, viewOf } from "./transcript.js";
 import { paintTrust } from "./trust.js";
-import { followWatched, isPlaced, listenToWatch, placeFor } from "./watch.js";
+import { followWatched, isPlaced, listenToWatch, offerAll, placeFor } from "./watch.js";
 
 const SELDOM_MS = 250;         // for lists that change with every token
 const CATCH_UP_MS = 5_000;
@@ -163,6 +164,7 @@ function start() {
   listenToMenus();
   listenToScroll();
   listenToSearch();
+  listenToSign();
   listenToStrip();
   listenToTokens();
   listenToWatch();
@@ -177,6 +179,8 @@ function start() {
   watchServer(() => {
     schedule(paintTrust);
     schedule(paintBar);
+    paintSign(about.access.session);
+    offerAll(about.access.lists);
     const now = JSON.stringify([...layersOf({ layers: new Map() })]);
     if (now !== known) { known = now; schedule(refresh); paintCard(); searchAgain(); }
   }, (error) => tell(`the side process does not answer (${error.message})`));

@@ -52,6 +52,12 @@ async function offer() {
   } catch { /* the field works without suggestions */ }
 }
 
+// Who may read only what it can name has no use for all.
+export function offerAll(may) {
+  $("watch").options[0].disabled = !may;
+  if (!may && view.watch === "all") set({ watch: "mine" });
+}
+
 export function listenToWatch() {
   $("watch").append(...[["all", "all requests"], ["mine", "my chat"], ["id", "one request…"]]
     .map(([value, text]) => make("option", { value }, inline(text))));

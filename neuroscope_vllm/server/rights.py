@@ -1,0 +1,33 @@
+"""What one caller may read of the hub."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from neuroscope_vllm.core.access import is_among
+
+
+@dataclass(frozen=True, slots=True)
+class Rights:
+    """Attributes:
+    everything: Admins read all requests, whatever their secret.
+    lists: It need not name a request: the stream of all, and the list of those kept.
+    names: It reads requests without a secret, if it can name them.
+    shown: Digests of the stream secrets that it showed.
+    """
+
+    everything: bool = False
+    lists: bool = False
+    names: bool = False
+    shown: frozenset[bytes] = frozenset()
+
+    def may_read(self, secret: bytes | None) -> bool:
+        """Whether it reads a request whose secret has this digest; None: one without."""
+        if self.everything:
+            return True
+        if secret is None:
+            return self.names
+        return is_among(secret, self.shown)
+
+
+ALL = Rights(everything=True, lists=True, names=True)

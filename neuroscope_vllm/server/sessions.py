@@ -1,0 +1,51 @@
+"""Sessions of browsers, which can show a key in a cookie only."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections import OrderedDict
+from dataclasses import dataclass, field
+
+from neuroscope_vllm.core.access import digest
+from neuroscope_vllm.server.rights import Rights
+
+LASTS_S = 12 * 3600
+MOST = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """What its keys and secrets gave it. `vllm_key`, one of vLLM's own in clear, is for the chats
+    of the page; it stays in memory, and dies with the session."""
+
+    rights: Rights
+    vllm_key: str | None = field(default=None, repr=False)
+    ends_at: float = field(default_factory=lambda: time.monotonic() + LASTS_S)
+
+
+class Sessions:
+    """By digests of their ids; the oldest give way when there are too many."""
+
+    def __init__(self) -> None:
+        self._by_digest: OrderedDict[bytes, Session] = OrderedDict()
+
+    def begin(self, session: Session) -> str:
+        """Its id, which is not kept."""
+        now = time.monotonic()
+        while self._by_digest:  # they end in the order they began
+            oldest = next(iter(self._by_digest.values()))
+            if oldest.ends_at > now and len(self._by_digest) < MOST:
+                break
+            self._by_digest.popitem(last=False)
+        session_id = secrets.token_urlsafe(32)
+        self._by_digest[digest(session_id)] = session
+        return session_id
+
+    def get(self, session_id: str | None) -> Session | None:
+        session = self._by_digest.get(digest(session_id)) if session_id else None
+        return session if session is not None and session.ends_at > time.monotonic() else None
+
+    def end(self, session_id: str | None) -> None:
+        if session_id:
+            self._by_digest.pop(digest(session_id), None)
