@@ -25,7 +25,15 @@ CONFIG_FILE_VARIABLE = "NEUROSCOPE_CONFIG"
 RUNTIME_VARIABLE = "NEUROSCOPE_RUNTIME"
 """Set by us for child processes: the running side process's directory."""
 CACHE_VARIABLE = "NEUROSCOPE_CACHE"
-_NOT_SETTINGS = {CONFIG_FILE_VARIABLE, RUNTIME_VARIABLE, CACHE_VARIABLE, DATA_VARIABLE}
+KEY_VARIABLE = "NEUROSCOPE_API_KEY"
+"""The key that commands show to a running server."""
+_NOT_SETTINGS = {
+    CONFIG_FILE_VARIABLE,
+    RUNTIME_VARIABLE,
+    CACHE_VARIABLE,
+    DATA_VARIABLE,
+    KEY_VARIABLE,
+}
 
 Ranking = Literal["zscore", "tail", "quantile", "activation"]
 Redact = Literal["none", "text"]
