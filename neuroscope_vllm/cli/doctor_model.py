@@ -8,11 +8,14 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from neuroscope_vllm.cli.doctor_check import Asked, Check, Section, cut
 from neuroscope_vllm.core.config import Settings
-from neuroscope_vllm.core.errors import ConfigError, NeuroscopeError
+from neuroscope_vllm.core.errors import ConfigError, DownloadError, NeuroscopeError
 
 if TYPE_CHECKING:
     from neuroscope_vllm.core.calibration import Calibration
     from neuroscope_vllm.core.sae.info import SAEInfo
+
+
+HUB_TIMEOUT_S = 5.0
 
 
 class Shape(NamedTuple):
@@ -117,7 +120,11 @@ def read_shape(model: str) -> Shape:
     else:
         from neuroscope_vllm.core.sharing.repository import Repository, fetch_file
 
-        path = fetch_file(Repository(model), "config.json")
+        try:
+            path = fetch_file(Repository(model), "config.json", cached=True)
+        except DownloadError:
+            _check_hub(f"model {model}")
+            path = fetch_file(Repository(model), "config.json")
     try:
         config = json.loads(path.read_bytes())
         text = config.get("text_config") or config
@@ -134,9 +141,16 @@ def _sae(section: Section, source: str) -> SAEInfo | None:
     from neuroscope_vllm.core.sae.load import read_sae_info
 
     try:
-        if is_hub_uri(source) and not _cached(section, source):
+        if not is_hub_uri(source):
+            info = read_sae_info(source)
+        elif (info := _cached_info(source)) is None:
+            section.warn(
+                "sae",
+                f"it is not in the local cache; the hub has {_on_the_hub(source)} there.",
+                "Run neuroscope pull once, or let the server fetch it at its start.",
+                source,
+            )
             return None
-        info = read_sae_info(source)
     except NeuroscopeError as error:
         section.fail("sae", *cut(error, "Give the folder of a complete SAE."), subject=source)
         return None
@@ -147,32 +161,53 @@ def _sae(section: Section, source: str) -> SAEInfo | None:
     return info
 
 
-def _cached(section: Section, source: str) -> bool:
-    """Whether an SAE of the hub is here. If not, the hub is asked of it, but sends no weights.
-
-    Raises DownloadError and SAEError: gated, missing, or out of reach.
-    """
+def _cached_info(source: str) -> SAEInfo | None:
+    """Of an SAE of the hub that is in the local cache, without the hub. Raises SAEError."""
     from huggingface_hub import try_to_load_from_cache
 
-    from neuroscope_vllm.core.sae.formats import FORMATS
-    from neuroscope_vllm.core.sae.hub import list_folder, parse_address
+    from neuroscope_vllm.core.sae.formats import FORMATS, Located
+    from neuroscope_vllm.core.sae.hub import parse_address
 
     address = parse_address(source)
     for format in FORMATS.values():
-        wanted = [str(address.folder / name) for name in format.files]
-        found = [
-            try_to_load_from_cache(address.repo, path, revision=address.revision) for path in wanted
-        ]
-        if all(isinstance(path, str) for path in found):
-            return True
-    names = list_folder(source, None)
-    section.warn(
-        "sae",
-        f"not in the local cache; the hub has {', '.join(names)} there.",
-        "Run neuroscope pull once, or let the server fetch it at its start.",
-        source,
-    )
-    return False
+        found = {
+            name: try_to_load_from_cache(
+                address.repo, str(address.folder / name), revision=address.revision
+            )
+            for name in format.all_files
+        }
+        paths = {name: Path(path) for name, path in found.items() if isinstance(path, str)}
+        if paths.keys() >= set(format.files):
+            return format.read_info(Located(source, paths, None)).info
+    return None
+
+
+def _on_the_hub(source: str) -> str:
+    """Names of the files there. Raises DownloadError: gated, missing, or out of reach."""
+    from neuroscope_vllm.core.sae.hub import list_folder
+
+    _check_hub(f"SAE {source}")
+    return ", ".join(list_folder(source, None))
+
+
+def _check_hub(wanted: str) -> None:
+    """Raise UnreachableError within seconds; the hub's own client tries for half a minute."""
+    import httpx
+    from huggingface_hub import constants
+
+    from neuroscope_vllm.core.errors import UnreachableError
+
+    why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else None
+    if why is None:
+        try:
+            httpx.head(constants.ENDPOINT, timeout=HUB_TIMEOUT_S)
+        except httpx.HTTPError as error:
+            why = f"{constants.ENDPOINT} does not answer: {error}"
+    if why is not None:
+        raise UnreachableError(
+            f"{wanted} is not in the local cache and can not be fetched ({why}); fetch it once with"
+            " a network (`neuroscope pull`), or give a local folder."
+        )
 
 
 def _fit(

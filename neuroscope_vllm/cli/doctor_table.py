@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 
@@ -31,8 +32,8 @@ def print_checks(checks: Sequence[Check]) -> None:
         else:
             for line in _lines(section, list(found)):
                 console.out(line, highlight=False)
-    counts = {verdict: sum(check.verdict == verdict for check in checks) for verdict in MARKS}
-    shown = ", ".join(f"{MARKS[verdict][0]}: {count}" for verdict, count in counts.items())
+    counts = Counter(check.verdict for check in checks)
+    shown = ", ".join(f"{word}: {counts[verdict]}" for verdict, (word, _) in MARKS.items())
     console.out(shown, highlight=False)
 
 
@@ -42,9 +43,9 @@ def _table(section: str, checks: list[Check]) -> Table:
     table.add_column(no_wrap=True, min_width=9)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold", ratio=1)
-    for names, check in _merged(checks):
+    for names, check, said in _merged(checks):
         word, style = MARKS[check.verdict]
-        seen = Text(_seen(check), style="dim" if check.verdict == "not_applicable" else "")
+        seen = Text(said, style="dim" if check.verdict == "not_applicable" else "")
         if check.remedy:
             seen.append(f"\n→ {check.remedy}", style="bold")
         table.add_row(Text(word, style=style), names, seen)
@@ -53,20 +54,16 @@ def _table(section: str, checks: list[Check]) -> Table:
 
 def _lines(section: str, checks: list[Check]) -> Iterator[str]:
     yield section
-    for names, check in _merged(checks):
-        yield f"  {MARKS[check.verdict][0]:<9}  {names}: {_seen(check)}"
+    for names, check, said in _merged(checks):
+        yield f"  {MARKS[check.verdict][0]:<9}  {names}: {said}"
         if check.remedy:
             yield f"{'':<13}→ {check.remedy}"
 
 
-def _seen(check: Check) -> str:
-    text = f"{check.subject}: {check.seen}" if check.subject else check.seen
-    # What comes from servers and files is not to move the cursor.
-    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
-
-
-def _merged(checks: list[Check]) -> Iterator[tuple[str, Check]]:
-    """Checks with their names; those that one reason kept from being made are one."""
+def _merged(checks: list[Check]) -> Iterator[tuple[str, Check, str]]:
+    """Checks of a section, their names, and what was seen; those that one reason kept from being
+    made are one. What all are about is said once, by the first."""
+    subjects = {check.subject for check in checks if check.subject}
 
     def reason(check: Check) -> object:
         skipped = check.verdict == "not_applicable" and check.subject is None
@@ -76,4 +73,13 @@ def _merged(checks: list[Check]) -> Iterator[tuple[str, Check]]:
         found = list(group)
         names = [check.name for check in found]
         more = [f"and {len(names) - SHOWN} more"] if len(names) > SHOWN + 1 else names[SHOWN:]
-        yield ", ".join([*names[:SHOWN], *more]), found[0]
+        first = found[0]
+        said = f"{first.subject}: {first.seen}" if first.subject in subjects else first.seen
+        if subjects == {first.subject}:
+            subjects = set()
+        yield ", ".join([*names[:SHOWN], *more]), first, _printable(said)
+
+
+def _printable(text: str) -> str:
+    """What comes from servers and files is not to move the cursor."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)

@@ -79,8 +79,12 @@ def _requirements(name: str, extra: str = "") -> dict[str, SpecifierSet]:
     found = {}
     for text in metadata.requires(name) or []:
         need = Requirement(text)
-        base = need.marker is None or need.marker.evaluate({"extra": ""})
-        if base if not extra else not base and need.marker.evaluate({"extra": extra}):
+        always = need.marker is None or need.marker.evaluate({"extra": ""})
+        if need.marker is not None and extra:
+            wanted = not always and need.marker.evaluate({"extra": extra})
+        else:
+            wanted = always and not extra
+        if wanted:
             found[canonicalize_name(need.name)] = need.specifier
     return found
 
