@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -82,7 +83,12 @@ def command(
         api_key=api_key,
         expected=url is not None,
     )
-    checks = _examine(asked, refused)
+    try:
+        checks = _examine(asked, refused)
+    except Exception:  # a fault of ours is not to read as one of this machine's
+        click.echo(traceback.format_exc(), err=True)
+        click.echo("Error: doctor itself failed; report the lines above.", err=True)
+        context.exit(2)
     failed = any(check.verdict == "failure" for check in checks)
     if as_json:
         _print_json(checks)

@@ -40,7 +40,7 @@ def hub_check(section: Section, settings: Settings | None) -> None:
         section.fail(
             "hub",
             f"nothing answers as a hub at {settings.hub} within {HANDSHAKE_S:g} s.",
-            "Start it there with neuroscope hub, and see that no firewall is between.",
+            "Start it there with neuroscope hub; over TCP, see that no firewall is between.",
         )
 
 

@@ -11,7 +11,7 @@ from neuroscope_vllm.cli.doctor_check import Asked, Check, Section, cut
 from neuroscope_vllm.cli.doctor_hub import hub_check
 from neuroscope_vllm.cli.doctor_versions import OURS, gpus, installed
 
-TIMEOUT_S = 10.0
+TIMEOUT_S = 5.0
 LOSSES = (
     *("messages_dropped", "messages_missed", "messages_unencodable", "messages_malformed"),
     *("messages_failed", "rows_dropped", "rows_failed", "rows_held_too_long"),
@@ -82,13 +82,25 @@ def server_checks(asked: Asked, running: Running) -> list[Check]:
     _keys(section, asked, running)
     if not running.described:
         return section.done("the server did not describe itself")
+    try:
+        _described(section, asked, running)
+    except (LookupError, TypeError, AttributeError) as error:
+        section.fail(
+            "version",
+            f"the server describes itself otherwise than this version reads it ({error!r}).",
+            f"Run doctor of the {OURS} that runs there.",
+        )
+    return section.done("the server did not say")
+
+
+def _described(section: Section, asked: Asked, running: Running) -> None:
     _armed(section, running)
     _senders(section, running.described)
+    _warnings(section, running.described)
     _cuda_graphs(section, running.described, asked.url)
     _losses(section, running.described)
     _coverage(section, running.described)
     _chat(section, asked, running.described)
-    return section.done("the server did not say")
 
 
 def _version(section: Section, told: dict[str, Any]) -> None:
@@ -167,17 +179,22 @@ def _senders(section: Section, described: dict[str, Any]) -> None:
         section.ok(
             "senders", f"{len(senders)} heard within {max(s['silent_s'] for s in senders)} s"
         )
-    for one in senders:
-        for test in one["self_test"] or []:
-            _self_test(section, one["sender"], test)
-    for text in described["warnings"]:
+
+
+def _warnings(section: Section, described: dict[str, Any]) -> None:
+    told = set()
+    for one in described["senders"]:
+        for test in one["self_test"]:
+            told.add(test["warning"])
+            _self_test(section, f"{one['sender']}, layer {test['layer']}", test)
+    others = [text for text in described["warnings"] if text not in told]
+    for text in others:
         section.warn("warnings", *cut(text, "See Tested on, and limits, in the README."))
-    if not described["warnings"]:
-        section.ok("warnings", "none")
+    if not others:
+        section.ok("warnings", "no others" if described["warnings"] else "none")
 
 
-def _self_test(section: Section, sender: str, test: dict[str, Any]) -> None:
-    subject = f"{sender}, layer {test['layer']}"
+def _self_test(section: Section, subject: str, test: dict[str, Any]) -> None:
     if test["failure"]:
         section.fail("self_test", *cut(test["failure"], "Start the server again."), subject)
     elif test["warning"]:

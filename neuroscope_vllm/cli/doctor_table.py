@@ -22,6 +22,7 @@ MARKS: dict[Verdict, tuple[str, str]] = {
 
 SHOWN = 3
 """Names of checks that one reason kept from being made; --json has all."""
+NAME_WIDTH = 18
 
 
 def print_checks(checks: Sequence[Check]) -> None:
@@ -40,8 +41,8 @@ def print_checks(checks: Sequence[Check]) -> None:
 def _table(section: str, checks: list[Check]) -> Table:
     table = Table(title=section, title_justify="left", title_style="bold", box=None, padding=(0, 1))
     table.show_header = False
-    table.add_column(no_wrap=True, min_width=9)
-    table.add_column(no_wrap=True)
+    table.add_column(no_wrap=True, width=9)
+    table.add_column(width=NAME_WIDTH)
     table.add_column(overflow="fold", ratio=1)
     for names, check, said in _merged(checks):
         word, style = MARKS[check.verdict]

@@ -79,12 +79,9 @@ def _requirements(name: str, extra: str = "") -> dict[str, SpecifierSet]:
     found = {}
     for text in metadata.requires(name) or []:
         need = Requirement(text)
-        always = need.marker is None or need.marker.evaluate({"extra": ""})
-        if need.marker is not None and extra:
-            wanted = not always and need.marker.evaluate({"extra": extra})
-        else:
-            wanted = always and not extra
-        if wanted:
+        base = need.marker is None or need.marker.evaluate({"extra": ""})
+        here = need.marker is None or need.marker.evaluate({"extra": extra})
+        if here and base == (not extra):
             found[canonicalize_name(need.name)] = need.specifier
     return found
 
