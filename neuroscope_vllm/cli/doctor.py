@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
 HELP = """Say what is wrong on this machine, and what to do about each thing.
 
-Looks at versions, the plugin, the settings, whether MODEL and the SAEs fit (without loading
-either), ports, and the server that answers at --url, if one does. Give what you give `neuroscope
-serve`. Nothing is changed, downloaded (but a model's config.json) or started.
+Looks at versions, the plugin, the settings, whether MODEL (which is not loaded) and the SAEs fit,
+labels and calibrations, ports, and the server that answers at --url, if one does. Give what you
+give `neuroscope serve`. Nothing is changed or started, and nothing fetched but a config.json.
 
 Exit code 0: all is well, or there are only warnings; 1: something fails; 2: it could not be looked
 at.

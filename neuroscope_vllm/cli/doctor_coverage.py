@@ -90,6 +90,7 @@ def _digest(section: Section, one: Known, model: str | None) -> None:
     """Are these the weights that were calibrated? The one check that reads weights."""
     from neuroscope_vllm.core.errors import NeuroscopeError
     from neuroscope_vllm.core.sae import load_sae
+    from neuroscope_vllm.core.sae.formats import load_tensors
 
     assert one.calibration is not None
     size = 8 * one.info.width * one.info.d_model
@@ -102,7 +103,7 @@ def _digest(section: Section, one: Known, model: str | None) -> None:
         return
     again = f"Calibrate again: neuroscope calibrate {model or 'MODEL'} --sae {one.source}."
     try:
-        digest = load_sae(one.source).digest
+        digest = (load_tensors(*one.cached) if one.cached else load_sae(one.source)).digest
     except NeuroscopeError as error:
         section.fail("digest", str(error), "Fetch or save the SAE again.", one.source)
         return

@@ -1,4 +1,4 @@
-"""`neuroscope doctor`: do the model, the SAEs and their calibrations fit? No weights are loaded."""
+"""`neuroscope doctor`: do model, SAEs and calibrations fit? By their headers alone."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from neuroscope_vllm.core.errors import ConfigError, DownloadError, NeuroscopeEr
 
 if TYPE_CHECKING:
     from neuroscope_vllm.core.calibration import Calibration
+    from neuroscope_vllm.core.sae.formats import Format, Located
     from neuroscope_vllm.core.sae.info import SAEInfo
 
 
@@ -27,11 +28,13 @@ class Shape(NamedTuple):
 
 
 class Known(NamedTuple):
-    """An SAE that could be read, and its calibration, if there is one that fits."""
+    """An SAE that could be read, and its calibration, if there is one that fits; `cached`: its
+    files, if it is one of the hub."""
 
     source: str
     info: SAEInfo
     calibration: Calibration | None
+    cached: tuple[Located, Format] | None
 
 
 def model_checks(asked: Asked) -> tuple[list[Check], list[Known]]:
@@ -45,6 +48,8 @@ def _look(section: Section, asked: Asked, known: list[Known]) -> str:
     """Returns why checks that were not made were not."""
     shape = _model(section, asked)
     settings = asked.observing
+    if asked.settings is None:
+        return "the settings can not be read"
     if settings is None:
         return "no SAE is given"
     if asked.model is None and "gemma-scope" in settings.sae:
@@ -64,12 +69,12 @@ def _look(section: Section, asked: Asked, known: list[Known]) -> str:
         )
         return "torch can not be imported"
     for number, source in enumerate(settings.sae):
-        info = _sae(section, source)
-        if info is not None:
+        if (found := _sae(section, source)) is not None:
+            info, cached = found
             _fit(section, settings, number, info, shape)
             _sae_model(section, info, asked.model)
             calibration = _calibration(section, settings, number, info, asked.model)
-            known.append(Known(source, info, calibration))
+            known.append(Known(source, info, calibration, cached))
     return "no SAE could be read"
 
 
@@ -136,14 +141,18 @@ def read_shape(model: str) -> Shape:
         ) from None
 
 
-def _sae(section: Section, source: str) -> SAEInfo | None:
+def _sae(section: Section, source: str) -> tuple[SAEInfo, tuple[Located, Format] | None] | None:
     from neuroscope_vllm.core.sae.hub import is_hub_uri
     from neuroscope_vllm.core.sae.load import read_sae_info
 
+    cached = None
     try:
         if not is_hub_uri(source):
             info = read_sae_info(source)
-        elif (info := _cached_info(source)) is None:
+        elif (cached := _cached(source)) is not None:
+            located, format = cached
+            info = format.read_info(located).info
+        else:
             section.warn(
                 "sae",
                 f"it is not in the local cache; the hub has {_on_the_hub(source)} there.",
@@ -158,11 +167,11 @@ def _sae(section: Section, source: str) -> SAEInfo | None:
     section.ok(
         "sae", f"{info.format}, {info.width} features of d_model {info.d_model}, {layer}", source
     )
-    return info
+    return info, cached
 
 
-def _cached_info(source: str) -> SAEInfo | None:
-    """Of an SAE of the hub that is in the local cache, without the hub. Raises SAEError."""
+def _cached(source: str) -> tuple[Located, Format] | None:
+    """An SAE of the hub that is in the local cache, without asking the hub. Raises SAEError."""
     from huggingface_hub import try_to_load_from_cache
 
     from neuroscope_vllm.core.sae.formats import FORMATS, Located
@@ -178,7 +187,7 @@ def _cached_info(source: str) -> SAEInfo | None:
         }
         paths = {name: Path(path) for name, path in found.items() if isinstance(path, str)}
         if paths.keys() >= set(format.files):
-            return format.read_info(Located(source, paths, None)).info
+            return Located(source, paths, None), format
     return None
 
 

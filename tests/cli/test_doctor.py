@@ -1,92 +1,30 @@
-"""`neuroscope doctor` where something is really wrong: ports, files, environments, servers."""
+"""`neuroscope doctor` where something is really wrong: ports, files, SAEs, environments."""
 
 from __future__ import annotations
 
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import pytest
 from click.testing import CliRunner
 
 from neuroscope_vllm.cli.main import main
-from neuroscope_vllm.core import launch
 from neuroscope_vllm.core.calibration import Calibration
 from neuroscope_vllm.core.keys import create_keys
 from neuroscope_vllm.core.labels import Label, LabelSet
-from neuroscope_vllm.engine.fake import FakeEngine
-from tests.server.side import Side, start_side, wait_until
+from neuroscope_vllm.core.sae import read_sae_info
+from tests.support.doctor import NAMES, Report, doctor, read
 from tests.support.hf_hub import HubServer, hub  # noqa: F401  (a fixture)
 from tests.support.models import write_saelens_sae
-from tests.support.served import Served, free_port
+from tests.support.served import free_port
 
 ROOT = Path(__file__).parents[2]
-NAMES = {
-    "versions": "python neuroscope dependencies vllm vllm_metadata transformers torch"
-    " torch_companions compiler accelerator open_files shared_memory",
-    "plugin": "entry_point allowed vllm_import architectures",
-    "configuration": "settings hub_keys steering label_files record",
-    "model": "model architecture sae fit sae_model calibration",
-    "coverage": "labels calibration_tokens sink_norm digest",
-    "ports": "features_port chat_port bind",
-    "server": "server version keys armed senders self_test warnings cuda_graphs losses labels"
-    " sink_norm chat model_name upstream hub",
-}
-
-
-class Report(NamedTuple):
-    code: int
-    checks: list[dict[str, Any]]
-
-    def of(self, section: str, name: str) -> list[dict[str, Any]]:
-        return [c for c in self.checks if (c["section"], c["name"]) == (section, name)]
-
-    def one(self, section: str, name: str) -> dict[str, Any]:
-        (check,) = self.of(section, name)
-        return check
-
-    def verdict(self, section: str, name: str) -> str:
-        return self.one(section, name)["verdict"]
-
-
-def read(code: int, out: str) -> Report:
-    """The report, once what holds of every one has been seen to."""
-    report = json.loads(out)
-    checks = report["checks"]
-    assert set(report) == {"ok", "counts", "checks"}
-    assert all(
-        set(check) == {"section", "name", "verdict", "seen", "subject", "remedy"}
-        for check in checks
-    )
-    found = {section: [c["name"] for c in checks if c["section"] == section] for section in NAMES}
-    for section, names in NAMES.items():
-        assert list(dict.fromkeys(found[section])) == names.split()
-    assert sum(map(len, found.values())) == len(checks) == sum(report["counts"].values())
-    for check in checks:
-        assert check["seen"], check
-        assert bool(check["remedy"]) == (check["verdict"] in ("warning", "failure")), check
-    failed = any(check["verdict"] == "failure" for check in checks)
-    assert (report["ok"], code) == (not failed, 1 if failed else 0)
-    return Report(code, checks)
-
-
-def doctor(*words: str, backend: str = "transformers", **environ: str) -> Report:
-    """On ports that nobody has, unless they are named."""
-    given = {"--features-port": str(free_port()), "--chat-url": f"http://127.0.0.1:{free_port()}"}
-    flags = [word for name, value in given.items() if name not in words for word in (name, value)]
-    words = ("doctor", *words, *flags, "--backend", backend, "--json")
-    done = CliRunner().invoke(main, words, env=environ)
-    assert done.exit_code in (0, 1), done.output
-    return read(done.exit_code, done.stdout)
 
 
 def test_all_is_well(tiny_llama: Path, tiny_sae: Path) -> None:
@@ -186,10 +124,13 @@ def test_the_hub_of_models_says_why_not(
     assert "sae_weights.safetensors" in found.one("model", "sae")["seen"]
     assert found.verdict("model", "sae") == "warning"
     assert not any(name.endswith("sae_weights.safetensors") for name in map(str, hub.requests))
+    read_sae_info("hf://org/saes/a")
     hub.close()
-    gone = doctor("org/model", "--sae", "hf://org/saes/a")
-    for name in ("model", "sae"):
-        assert "not in the local cache" in gone.one("model", name)["seen"]
+    gone = doctor("org/model", "--sae", "hf://org/saes/a", "--sae", "hf://org/saes/b")
+    assert "not in the local cache" in gone.one("model", "model")["seen"]
+    cached, missing = gone.of("model", "sae")
+    assert (cached["verdict"], missing["verdict"]) == ("ok", "failure")
+    assert "not in the local cache" in missing["seen"]
 
 
 def test_taken_ports() -> None:
@@ -288,104 +229,6 @@ def test_another_plugin_that_takes_our_models(tmp_path: Path) -> None:
     taken = found.one("plugin", "architectures")
     assert (taken["verdict"], taken["subject"]) == ("failure", "intruder")
     assert "LlamaForCausalLM" in taken["seen"]
-
-
-# Servers.
-
-
-@pytest.fixture
-def side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Side]:
-    monkeypatch.setenv(launch.RUNTIME_VARIABLE, "")
-    side = start_side(tmp_path)
-    yield side
-    side.process.stop()
-
-
-@pytest.fixture
-def ask(side: Side) -> Callable[[], Report]:
-    return lambda: doctor("--url", side.base, "--features-port", str(side.port))
-
-
-def test_a_server_that_is_not_armed_then_is(side: Side, ask: Callable[[], Report]) -> None:
-    starting = ask()
-    assert starting.verdict("server", "armed") == "warning"
-    assert starting.verdict("ports", "features_port") == "ok"
-    with FakeEngine(side.endpoint, armed=False):
-        wait_until(lambda: "not armed" in side.get("/health").text)
-        assert ask().verdict("server", "armed") == "failure"
-    with FakeEngine(side.endpoint) as engine:
-        side.wait_armed()
-        engine.run("whole", [1, 2, 3], [4, 5])
-        side.wait_done("whole")
-        found = ask()
-        for name in ("server", "version", "keys", "armed", "senders", "warnings", "losses"):
-            assert found.verdict("server", name) == "ok"
-        # The fake engine is no OpenAI server, nor has it labels or a calibration.
-        for name in ("chat", "labels", "sink_norm"):
-            assert found.verdict("server", name) in ("failure", "warning")
-        engine.worker.miss()
-        wait_until(lambda: "messages_missed" in side.get("/v1/features/describe").text)
-        assert "messages_missed 1" in ask().one("server", "losses")["seen"]
-
-
-def test_a_server_whose_engine_is_silent(side: Side, ask: Callable[[], Report]) -> None:
-    code = (
-        "import sys, time; from neuroscope_vllm.engine.fake import FakeEngine;"
-        " engine = FakeEngine(sys.argv[1]); time.sleep(600)"
-    )
-    with subprocess.Popen([sys.executable, "-c", code, side.endpoint]) as child:
-        try:
-            side.wait_armed()
-            child.send_signal(signal.SIGSTOP)
-            wait_until(lambda: "silent" in side.get("/health").text)
-            found = ask()
-        finally:
-            child.kill()
-    assert [c["verdict"] for c in found.of("server", "senders")] == ["failure"] * 2
-    assert found.verdict("server", "armed") == "failure"
-
-
-def test_no_server_where_one_was_named() -> None:
-    found = doctor("--url", f"http://127.0.0.1:{free_port()}")
-    assert found.verdict("server", "server") == "failure"
-
-
-def test_a_hub_over_tcp(tiny_llama: Path, tmp_path: Path) -> None:
-    keys, others = tmp_path / "hub.keys", tmp_path / "others.keys"
-    create_keys(keys)
-    create_keys(others)
-    address, port = f"tcp://127.0.0.1:{free_port()}", free_port()
-    words = [sys.executable, "-m", "neuroscope_vllm.cli", "hub", str(tiny_llama), "--hub", address]
-    words += ["--hub-keys", str(keys), "--features-port", str(port)]
-    assert "nothing answers" in hub_check(address, keys)["seen"]
-    with subprocess.Popen(words) as child:
-        try:
-            deadline = time.monotonic() + 60
-            while hub_check(address, keys)["verdict"] != "ok" and time.monotonic() < deadline:
-                time.sleep(0.2)
-            accepted, refused = hub_check(address, keys), hub_check(address, others)
-        finally:
-            child.terminate()
-    assert accepted["verdict"] == "ok"
-    assert (refused["verdict"], "refuses the key" in refused["seen"]) == ("failure", True)
-
-
-def hub_check(address: str, keys: Path) -> dict[str, Any]:
-    return doctor("--hub", address, "--hub-keys", str(keys)).one("server", "hub")
-
-
-def test_a_real_server(served: Served, tiny_llama: Path, labelled_sae: Path) -> None:
-    found = doctor(
-        *(str(tiny_llama), "--sae", str(labelled_sae)),
-        *("--url", served.features, "--features-port", str(served.features_port)),
-        *("--chat-url", served.chat),
-    )
-    for name in ("armed", "senders", "labels", "sink_norm", "chat", "model_name", "upstream"):
-        assert found.verdict("server", name) == "ok"
-    assert found.verdict("ports", "features_port") == found.verdict("ports", "chat_port") == "ok"
-    # Of a random SAE the self-test thinks little, and says so once.
-    assert "explains" in found.one("server", "self_test")["seen"]
-    assert found.verdict("server", "warnings") == "ok"
 
 
 # For people.
