@@ -19,7 +19,8 @@ HELP = """Say what is wrong on this machine, and what to do about each thing.
 
 Looks at versions, the plugin, the settings, whether MODEL (which is not loaded) and the SAEs fit,
 labels and calibrations, ports, and the server that answers at --url, if one does. Give what you
-give `neuroscope serve`. Nothing is changed or started, and nothing fetched but a config.json.
+give `neuroscope serve`; MODEL `demo` is the embedded one. Nothing is changed or started, and
+nothing fetched but a config.json.
 
 Exit code 0: all is well, or there are only warnings; 1: something fails; 2: it could not be looked
 at.

@@ -189,7 +189,7 @@ def _warnings(section: Section, described: dict[str, Any]) -> None:
             _self_test(section, f"{one['sender']}, layer {test['layer']}", test)
     others = [text for text in described["warnings"] if text not in told]
     for text in others:
-        section.warn("warnings", *cut(text, "See Tested on, and limits, in the README."))
+        section.warn("warnings", text, "Change what it names, or read features with it in mind.")
     if not others:
         section.ok("warnings", "no others" if described["warnings"] else "none")
 
