@@ -28,6 +28,7 @@ COMMANDS = {
     "rules": "Hold rules that steer, stop or tag against recorded traces.",
     "trace": "Trace what features of one layer do to those of a later one.",
     "patch": "Patch activations of one prompt into another: what recovers the answer?",
+    "doctor": "Say what is wrong on this machine, and what to do about it.",
     "verify": "Check a running server against an offline recomputation.",
 }
 

@@ -106,7 +106,7 @@ def check_calibration(path: Path, calibration: Calibration, sae: SAE, model: str
             f"calibration {path} was made with other weights than SAE {sae.info.source} has now;"
             " calibrate again with `neuroscope calibrate`, or delete it."
         )
-    if _last(calibration.model) != _last(model):
+    if not same_model(calibration.model, model):
         logger.warning(
             "neuroscope: calibration %s was made on %s, and this is %s; make one on it with"
             " `neuroscope calibrate`.",
@@ -116,6 +116,7 @@ def check_calibration(path: Path, calibration: Calibration, sae: SAE, model: str
         )
 
 
-def _last(name: str) -> str:
-    """A hub id and a folder may name the same model."""
-    return name.rstrip("/").rpartition("/")[2].casefold()
+def same_model(one: str, other: str) -> bool:
+    """By their last words: a hub id and a folder may name the same model."""
+    last, others = (name.rstrip("/").rpartition("/")[2].casefold() for name in (one, other))
+    return last == others
