@@ -186,9 +186,9 @@ def listen(host: str, port: int) -> socket.socket:
         raise ConfigError(
             f"features host {host} port {port} can not be bound: {error.strerror}."
         ) from None
-    except (OverflowError, UnicodeError) as error:  # no port, no name
+    except UnicodeError:
         listener.close()
-        raise ConfigError(f"features host {host} port {port} can not be bound: {error}.") from None
+        raise ConfigError(f"features host {host} can not be bound: it is no host's name.") from None
     listener.listen(1024)
     return listener
 

@@ -288,7 +288,6 @@ def test_what_is_wrong_at_the_start_is_one_sentence(
         "device": ((*serve, *free, "--device", "mps"), "device mps is not there"),
         "flag": ((*serve, *free, "--", "--max-num-seqs", "4"), "known are --host"),
         "no port": ((*serve, "--port", "99999"), "99999 is not in the range"),
-        "no features port": ((*serve, *free[:2], "--features-port", "99999"), "features"),
         "origins": ((*serve, *free, "--", "--allowed-origins", "5"), "no JSON list of origins"),
         "length": ((*serve, *free, "--", "--max-model-len", "99999999"), "--max-model-len is"),
         "model": (
