@@ -61,6 +61,7 @@ def request(name: str, tokens: int = 3, **params: Any) -> Any:
         prompt_token_ids=range(tokens),
         sampling_params=SamplingParams(**params),
         arrival_time=0.0,
+        trace_headers={"traceparent": "00-aa-bb-01"},
         lora_request=None,
         cache_salt=None,
         mm_features=None,
