@@ -90,6 +90,11 @@ def resync(tap: SchedulerTap) -> list[str]:
     return [one.started.request_id for one in message.live]
 
 
+def test_the_trace_context_that_vllm_keeps_is_told(tap: SchedulerTap) -> None:
+    tap.started(request("a"))
+    assert tap.log.live["a-01234567"].started.traceparent == "00-aa-bb-01"
+
+
 def test_ended_requests_are_kept_for_a_while(
     scheduler: Scheduler, tap: SchedulerTap, monkeypatch: pytest.MonkeyPatch
 ) -> None:
