@@ -220,6 +220,7 @@ def _ended(told: _Told, request: events.RequestEvent | None, model: str) -> dict
         "neuroscope.choice": done.choice,
         "neuroscope.positions_dropped": done.dropped,
         "neuroscope.steered": None if request is None else request.steering is not None,
+        "neuroscope.retold": None if request is None else request.retold,
         "neuroscope.top_features": list(_top_features(told.kept)),
     }
 

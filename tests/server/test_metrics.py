@@ -332,6 +332,7 @@ def test_an_event_for_each_request_and_rule_hit(observed: Observed):
         "neuroscope.choice": 1,
         "neuroscope.positions_dropped": 1,
         "neuroscope.steered": False,
+        "neuroscope.retold": False,
     }
     assert (record.trace_id.hex(), record.span_id.hex()) == (TRACE, SPAN)
     assert abs(record.time_unix_nano / 1e9 - time.time()) < 60

@@ -64,6 +64,7 @@ def request(name: str, tokens: int = 3, **params: Any) -> Any:
         prompt_token_ids=range(tokens),
         sampling_params=SamplingParams(**params),
         arrival_time=0.0,
+        trace_headers={"traceparent": "00-aa-bb-01"},
         lora_request=None,
         cache_salt=None,
         mm_features=None,
@@ -90,6 +91,11 @@ def resync(tap: SchedulerTap) -> list[str]:
     wire.encode(message)
     assert isinstance(message, wire.Resync)
     return [one.started.request_id for one in message.live]
+
+
+def test_the_trace_context_that_vllm_keeps_is_told(tap: SchedulerTap) -> None:
+    tap.started(request("a"))
+    assert tap.log.live["a-01234567"].started.traceparent == "00-aa-bb-01"
 
 
 def test_ended_requests_are_kept_for_a_while(
