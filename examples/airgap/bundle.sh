@@ -23,7 +23,10 @@ for name in manylinux_2_31 manylinux_2_28 manylinux_2_17 manylinux2014 manylinux
 done
 pip download -q --no-deps --only-binary=:all: --python-version 3.12 "${platforms[@]}" \
   --dest "$work/wheels" --requirement "$root/examples/airgap/requirements.txt"
-pip wheel -q --no-deps --wheel-dir "$work/wheels" "$root"
+# From a copy: setuptools would take up what an earlier build left in the checkout.
+mkdir "$work/source"
+cp -r "$root"/{pyproject.toml,README.md,LICENSE,neuroscope_vllm} "$work/source"
+pip wheel -q --no-deps --wheel-dir "$work/wheels" "$work/source"
 
 (cd "$work/wheels" && sha256sum -- *.whl) >"$out/MANIFEST"
 tar -C "$work/wheels" --sort=name --owner=0 --group=0 --mtime=@0 -cf - . |

@@ -2,7 +2,7 @@
 # On an offline CUDA host: install what bundle.sh made, run the GPU tests, measure.
 #   examples/airgap/gpu.sh BUNDLE OUT [install] [test] [bench]      all three by default
 # Makes OUT/venv, which sees the host's own packages (PYTHON: its Python, python3.12), OUT/tests.log, figures as
-# OUT/*.json, and OUT/figures.md. Takes an hour at most; a test or bench that fails leaves the rest to run.
+# OUT/*.json, and OUT/figures.md. A test or bench that fails leaves the rest to run.
 set -euo pipefail
 [ $# -ge 2 ] || { echo "usage: $0 BUNDLE OUT [install] [test] [bench]" >&2; exit 2; }
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
