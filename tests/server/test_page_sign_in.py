@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-pytest.importorskip("playwright")
 from playwright.sync_api import Page, expect
 
 from neuroscope_vllm.core.access import KeyDigests, digest
 from tests.server.access import ADMIN, USER
 from tests.server.side import start_side
-from tests.support.page import Site, browser, needs_browser, new_page, say
+from tests.support.browser import needs_browser
+from tests.support.page import Site, browser, new_page, say
 from tests.support.talking import Engine, Talker
 
 __all__ = ["browser", "new_page"]  # fixtures
