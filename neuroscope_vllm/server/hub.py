@@ -144,12 +144,12 @@ class Hub:
     # Readers
 
     def subscribe_all(self, after: int | None = None) -> AllRequests:
-        reader = AllRequests(self.ring, self.event_id, after)
+        reader = AllRequests(self.ring, self.event_id, self.counters, after)
         self._everything.add(reader)
         return reader
 
     def subscribe(self, name: str, after: int | None = None) -> OneRequest:
-        reader = OneRequest(self.event_id, after)
+        reader = OneRequest(self.event_id, self.counters, after)
         for trace in self.traces.find(name):
             reader.attach(trace)
         self._by_name.setdefault(name, set()).add(reader)

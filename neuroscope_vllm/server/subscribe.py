@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Callable
 from typing import Protocol
 
@@ -32,8 +33,9 @@ class Subscription(Protocol):
 class _Base:
     """What both kinds share: waking up, and events for this reader alone."""
 
-    def __init__(self, event_id: EventId) -> None:
+    def __init__(self, event_id: EventId, counters: Counter[str]) -> None:
         self.ended = False
+        self._counters = counters
         self._event_id = event_id
         self._wake = asyncio.Event()
         self._own: list[Event] = []
@@ -50,6 +52,8 @@ class _Base:
 
     def tell_gap(self, reason: events.GapReason, count: int | None, last_lost: int | None) -> None:
         """`last_lost` is the sequence number after which a resuming reader goes on."""
+        self._counters[f"gaps_{reason}"] += 1
+        self._counters[f"events_{reason}"] += count or 0
         self._own.append(self._make("gap", events.GapEvent(reason, count=count), last_lost))
 
     def _make(self, name: str, event: msgspec.Struct, seq: int | None) -> Event:
@@ -74,8 +78,10 @@ class _Base:
 class AllRequests(_Base):
     """Everything from now on, or from after event `after` on."""
 
-    def __init__(self, log: Log, event_id: EventId, after: int | None) -> None:
-        super().__init__(event_id)
+    def __init__(
+        self, log: Log, event_id: EventId, counters: Counter[str], after: int | None
+    ) -> None:
+        super().__init__(event_id, counters)
         self._log = log
         self._cursor = log.end if after is None else log.after(after)
         self._resuming = after is not None
@@ -101,8 +107,8 @@ class OneRequest(_Base):
     """All choices known under one id: replayed from their begin (or after event `after`), then
     live, until all are done. Waits for a request that has not begun."""
 
-    def __init__(self, event_id: EventId, after: int | None) -> None:
-        super().__init__(event_id)
+    def __init__(self, event_id: EventId, counters: Counter[str], after: int | None) -> None:
+        super().__init__(event_id, counters)
         self._after = after
         self._cursors: dict[Trace, int] = {}
 
