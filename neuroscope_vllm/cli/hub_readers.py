@@ -25,7 +25,7 @@ from neuroscope_vllm.core import events
 CONNECTING = 64
 """Readers that connect at once, less than a listener's backlog."""
 QUIET_S = 10.0
-"""Once the engine has ended: how long without a byte until nothing more will come."""
+"""Once the engine has ended: how long without an event until nothing more will come."""
 
 _EVENT = b"\ndata: "
 _GAP = re.compile(rb"event: gap\ndata: (.*)\n\n")
@@ -130,8 +130,11 @@ class Crowd:
 
     def _take(self, reader: Reader, frames: bytes) -> None:
         """Whole frames: a write of the server is a chunk of its answer."""
-        now = self._heard_at = time.monotonic()
-        reader.received += frames.count(_EVENT)
+        now = time.monotonic()
+        if not (told := frames.count(_EVENT)):
+            return  # a comment that keeps the connection alive
+        self._heard_at = now
+        reader.received += told
         if b"event: g" in frames:
             for body in _GAP.findall(frames):
                 gap = _gap.decode(body)

@@ -60,7 +60,8 @@ def test_hub_books_balance(follow: str, against: tuple[str, ...]) -> None:
 
 
 def test_hub_readers_that_can_not_keep_up_are_told_of_every_loss() -> None:
-    load = ("--seconds", 3, "--readers", 4, "--events-per-second", 3000, "--follow", "all")
+    # What one step of 200 rows tells is more than a quarter of the ceiling of 1 MiB.
+    load = ("--seconds", 1, "--readers", 200, "--events-per-second", 8000, "--follow", "all")
     books = report("hub", *load, "--memory-mb", 1)["hub"]["books"]
     assert books["balance"]
     assert sum(books["in_gaps"].values()) > 0
@@ -78,7 +79,6 @@ def test_latency_of_a_running_server(served: Served, tmp_path: Path) -> None:
         # The next token's chunk comes later than the token's own.
         assert row["same_pass_ms"]["p50"] < row["wait_ms"]["p50"]
         assert row["same_pass_late_ms"]["min"] >= 0
-    assert b"concurrent chats" not in picture.read_bytes()  # its text is drawn as shapes
     assert picture.read_bytes().startswith(b"<?xml")
 
 
