@@ -3,7 +3,8 @@
 No way to find a row's best features can do without reading the encoder's weights once, reading the
 rows, multiplying them, and reading the weights of the features whose exact values are told. The
 floor is the longer of these bytes at the bandwidth of a large copy and these multiplications at
-the speed of a large matmul, both measured in the same run.
+the speed of a large matmul, both measured in the same run: limits by their best repetition, the
+encoder by its median.
 """
 
 from __future__ import annotations
@@ -57,9 +58,9 @@ def measure(
             for n in rows:
                 status.update(f"{n} rows through {width} features")
                 x = torch.randn(n, d_model, device=device).to(torch.bfloat16)
-                seconds = _seconds(lambda x=x, encoder=encoder: encoder.encode(x), device)
+                times = _times(lambda x=x, encoder=encoder: encoder.encode(x), device)
                 floor = _floor(encoder, n, width, d_model, bandwidth, flops)
-                cells.append(_cell(width, n, seconds, *floor))
+                cells.append(_cell(width, n, statistics.median(times), *floor))
     return {
         "cells": cells,
         "d_model": d_model,
@@ -115,12 +116,15 @@ def _cell(width: int, n: int, seconds: float, for_bytes: float, for_flops: float
 
 
 def _bandwidth(device: torch.device) -> float:
-    """Bytes a second that a large copy reads and writes together."""
+    """Bytes a second of a large copy, reading and writing, or of a large sum, whichever is more: a
+    CPU's copy also fetches what it is about to overwrite."""
     import torch
 
-    source = torch.ones(COPY_BYTES[device.type] // 4, device=device)
+    size = COPY_BYTES[device.type]
+    source = torch.ones(size // 4, device=device)
     target = torch.empty_like(source)
-    return 2 * COPY_BYTES[device.type] / _seconds(lambda: target.copy_(source), device)
+    copied = 2 * size / min(_times(lambda: target.copy_(source), device))
+    return max(copied, size / min(_times(source.sum, device)))
 
 
 def _matmul_speed(device: torch.device, dtype: torch.dtype) -> float:
@@ -130,11 +134,11 @@ def _matmul_speed(device: torch.device, dtype: torch.dtype) -> float:
     side = MATMUL_SIDE[device.type]
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(a)
-    return 2 * side**3 / _seconds(lambda: torch.mm(a, b, out=out), device)
+    return 2 * side**3 / min(_times(lambda: torch.mm(a, b, out=out), device))
 
 
-def _seconds(run: Callable[[], object], device: torch.device) -> float:
-    """Median of repeated runs, each waited for."""
+def _times(run: Callable[[], object], device: torch.device) -> list[float]:
+    """Seconds of repeated runs, each waited for."""
     import torch
 
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
@@ -148,7 +152,7 @@ def _seconds(run: Callable[[], object], device: torch.device) -> float:
         run()
         wait()
         times.append(time.perf_counter() - start)
-    return statistics.median(times)
+    return times
 
 
 def table(report: Report) -> None:
@@ -164,7 +168,7 @@ def table(report: Report) -> None:
         grid.add_row(str(cell["width"]), str(cell["rows"]), *shown)
     console.print(grid)
     console.print(
-        f"Floor by a large copy ({report['bytes_per_s'] / 1e9:,.1f} GB/s) and a large matmul"
+        f"Floor by a large copy or sum ({report['bytes_per_s'] / 1e9:,.1f} GB/s) and a large matmul"
         f" ({report['flops_per_s'] / 1e12:,.2f} TFLOP/s) here and now. Below 1: the weights fit"
         " into a cache."
     )

@@ -184,32 +184,32 @@ def _quartiles(values: list[float]) -> list[float]:
 
 def table(report: dict[str, Any]) -> None:
     share, rows = report["steered"], report["rows"]
-    grid = Table(
-        title="over vLLM without the plugin, medians of alternated rounds (quartiles)"
-        + (f"; {share:.0%} of requests steered" if share else "")
-    )
     arms = [arm for arm in (IDLE, OBSERVED) if f"{arm}_tokens_per_s" in rows[0]]
-    grid.add_column("batch", justify="right")
-    for arm in arms:
-        grid.add_column(f"{arm}: throughput", justify="right")
-        grid.add_column("latency", justify="right")
-    for heading in ("plain tok/s", "runner ms/step", "encode ms/step", "rows dropped"):
-        grid.add_column(heading, justify="right")
+    title = "over vLLM without the plugin, medians of alternated rounds"
+    ratios = Table(title=title + (f"; {share:.0%} of requests steered" if share else ""))
+    for heading in ("batch", "", "throughput", "half lie in", "latency", "half lie in", "tok/s"):
+        ratios.add_column(heading, justify="right")
     for row in rows:
-        ratios = (_shown(row, f"{arm}_{of}_ratio") for arm in arms for of in ("throughput", "itl"))
-        rest = ("plain_tokens_per_s", "runner_ms_per_step", "encode_ms_per_step", "rows_dropped")
-        grid.add_row(str(row["batch"]), *ratios, *(str(row[name]) for name in rest))
-    console.print(grid)
+        ratios.add_row(str(row["batch"]), PLAIN, "", "", "", "", str(row[f"{PLAIN}_tokens_per_s"]))
+        for arm in arms:
+            shown = [*_shown(row, f"{arm}_throughput_ratio"), *_shown(row, f"{arm}_itl_ratio")]
+            ratios.add_row("", arm, *shown, str(row[f"{arm}_tokens_per_s"]))
+    console.print(ratios)
+    for row in rows:
+        console.print(
+            f"batch {row['batch']}: {row['runner_ms_per_step']} ms a step of ours on the model's"
+            f" own thread, {row['encode_ms_per_step']} ms of the encoder;"
+            f" {row['rows_dropped']} rows dropped"
+        )
     console.print(
-        f"{report['runner']}. runner: our time on the model's own thread; encode: the encoder's, on"
-        " a CPU the same time, on CUDA beside the model. What is left is the side process and the"
-        " scheduler's tap."
+        f"{report['runner']}. On a CPU the encoder runs on the model's thread, on CUDA beside it."
+        " What is left is the side process and the scheduler's tap."
     )
 
 
-def _shown(row: dict[str, Any], name: str) -> str:
+def _shown(row: dict[str, Any], name: str) -> tuple[str, str]:
     low, high = row[f"{name}_quartiles"]
-    return f"{row[name]:.3f} ({low:.3f} to {high:.3f})"
+    return f"{row[name]:.3f}", f"{low:.3f}-{high:.3f}"
 
 
 def draw(report: dict[str, Any], axes: Any) -> None:
