@@ -32,7 +32,7 @@ OUTPUT_TOKENS = 64
 RAMP_S = 1.0
 """Until all slots run."""
 STARTS_PER_STEP = 64
-STARTS_UNDERWAY = 32
+STARTS_UNDERWAY = 64
 """Requests that begin in a step, and that the hub has not heard of yet before one: together they
 fit the short queue of an engine, which drops what does not."""
 PAUSE_S = 1.0
@@ -42,7 +42,7 @@ TICK_S = 1e-5
 LAYER, TOP_K = 20, 8
 AHEAD_S = 1.0
 """How far the hub may be behind before the engine waits for it."""
-POLL_S = 0.1
+POLL_S = 0.05
 
 
 class Feed(msgspec.Struct):
