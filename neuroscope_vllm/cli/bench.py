@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
 
+from neuroscope_vllm.cli.bench_report import Sizes, deliver, machine, report_flags, together
 from neuroscope_vllm.cli.corpus_options import corpus_flags, take_corpus
-from neuroscope_vllm.cli.demo import SERVER_FLAGS, demo_model, demo_sae
 from neuroscope_vllm.cli.engines import DEMO, chosen, sae_flags
 from neuroscope_vllm.cli.failures import in_a_sentence
-from neuroscope_vllm.cli.options import neuroscope_flags, settings_from
+from neuroscope_vllm.cli.options import neuroscope_flags
 from neuroscope_vllm.cli.ranking_quality import command as ranking
+from neuroscope_vllm.cli.shapes import GEMMA_2_2B
+
+ROUNDS = "Repetitions per batch size."
 
 
 class Share(click.ParamType[float]):
@@ -36,14 +42,33 @@ def command() -> None:
     """Measure what watching costs."""
 
 
-@command.command("overhead", epilog="Everything after -- goes to both `vllm serve`.")
+_VLLM_FLAGS = click.argument("vllm_flags", nargs=-1, type=click.UNPROCESSED)
+
+
+def _batches(*default: int) -> Callable[..., Any]:
+    return click.option(
+        "--batch",
+        "batches",
+        type=Sizes(),
+        multiple=True,
+        default=[",".join(map(str, default))],
+        callback=together,
+        show_default=True,
+        help="Concurrent requests, as in 1,8,32.",
+    )
+
+
+@command.command("overhead", epilog="Everything after -- goes to each `vllm serve`.")
 @neuroscope_flags
 @click.option("--model", help="Model to serve (default: the demo model and its SAE).")
 @click.option(
-    "--batch", multiple=True, type=int, default=(1, 16), show_default=True, help="Concurrency."
+    "--shape",
+    type=click.Choice([GEMMA_2_2B]),
+    help="Serve a model of this shape with random weights and a random SAE: needs no downloads.",
 )
+@_batches(1, 16)
 @click.option("--tokens", default=128, show_default=True, help="Tokens generated per request.")
-@click.option("--rounds", default=7, show_default=True, help="Alternations per batch size.")
+@click.option("--rounds", default=7, show_default=True, type=click.IntRange(1), help=ROUNDS)
 @click.option(
     "--steered",
     type=Share(),
@@ -51,46 +76,165 @@ def command() -> None:
     show_default=True,
     help="Share of the observed server's requests that steer, each by a feature of its own.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")
-@click.argument("vllm_flags", nargs=-1, type=click.UNPROCESSED)
+@click.option("--idle", is_flag=True, help="Also a server whose plugin is not configured.")
+@report_flags
+@_VLLM_FLAGS
 def overhead(
     model: str | None,
-    batch: tuple[int, ...],
+    shape: str | None,
+    batches: tuple[int, ...],
     tokens: int,
     rounds: int,
     steered: float,
-    as_json: bool,
+    idle: bool,
+    as_json: str | None,
+    plot: Path | None,
     vllm_flags: tuple[str, ...],
     **flags: Any,
 ) -> None:
     """Decode throughput and inter-token latency, with and without the plugin.
 
-    Two servers run side by side, one plain and one observing every token of every request. Each
-    round loads one and then the other, in alternating order; the figures are medians of the
-    rounds' ratios.
+    Servers run side by side, one that does not load the plugin and one observing every token of
+    every request. Each round loads one after the other, in alternating order; the figures are
+    medians of the rounds' ratios. On a GPU they share its memory evenly.
     """
-    from neuroscope_vllm.cli.overhead import compare, table
+    from neuroscope_vllm.cli.bench_servers import served
+    from neuroscope_vllm.cli.overhead import compare, draw, table
 
-    if model is None:
-        flags["sae"] = flags["sae"] or (str(demo_sae()),)
-        model = str(demo_model())
-        vllm_flags = (*SERVER_FLAGS, *vllm_flags)
-    settings = settings_from(flags)
-    if not settings.configured:
-        raise click.UsageError("no SAE was given; name one with --sae.")
-    report = compare(model, settings, batch, tokens, rounds, vllm_flags, steered)
-    if as_json:
-        click.echo(json.dumps(report))
-    else:
-        table(report)
+    with served(model, shape, flags, vllm_flags) as (name, settings, words):
+        report = compare(name, settings, batches, tokens, rounds, words, steered, idle)
+    deliver(report | {"shape": shape}, as_json, plot, table, draw)
+
+
+@command.command("latency", epilog="Everything after -- goes to `vllm serve`.")
+@neuroscope_flags
+@click.option("--url", help="Chat API of a running server (default: serve the demo).")
+@click.option("--features-url", help="Its feature stream.")
+@click.option("--api-key", envvar="VLLM_API_KEY", help="Its key.", show_envvar=True)
+@_batches(1, 16)
+@click.option("--tokens", default=64, show_default=True, help="Tokens generated per chat.")
+@click.option("--rounds", default=10, show_default=True, type=click.IntRange(1), help=ROUNDS)
+@report_flags
+@_VLLM_FLAGS
+def latency(
+    url: str | None,
+    features_url: str | None,
+    api_key: str | None,
+    batches: tuple[int, ...],
+    tokens: int,
+    rounds: int,
+    as_json: str | None,
+    plot: Path | None,
+    vllm_flags: tuple[str, ...],
+    **flags: Any,
+) -> None:
+    """How long after a chat's chunk the feature event of its token comes.
+
+    Chats and feature streams are read in one process by one clock, which stamps each piece as it
+    leaves its socket.
+    """
+    from neuroscope_vllm.cli.bench_servers import serving
+    from neuroscope_vllm.cli.latency import draw, measure, table
+
+    if (url is None) != (features_url is None):
+        raise click.UsageError("give --url and --features-url together, or neither.")
+    if tokens < 3:
+        raise click.UsageError("--tokens is too few to compare; give at least 3.")
+    with contextlib.ExitStack() as running:
+        if url is None or features_url is None:
+            url, features_url = running.enter_context(serving(flags, vllm_flags))
+        url, features_url = url.rstrip("/"), features_url.rstrip("/")
+        report = measure(url, features_url, batches, tokens, rounds, api_key)
+    deliver(report | {"machine": machine()}, as_json, plot, table, draw)
+
+
+@command.command("hub")
+@click.option(
+    "--events-per-second", default=10_000, show_default=True, type=click.FloatRange(min=1)
+)
+@click.option("--readers", default=1000, show_default=True, type=click.IntRange(1))
+@click.option("--seconds", default=600, show_default=True, type=click.FloatRange(1, 18_000))
+@click.option(
+    "--follow",
+    type=click.Choice(["own", "all"]),
+    default="own",
+    show_default=True,
+    help="What a reader reads: requests of its own, one after the other, or all there are.",
+)
+@click.option(
+    "--memory-mb", default=256, show_default=True, type=click.IntRange(1), help="The hub's ceiling."
+)
+@click.option(
+    "--against",
+    type=click.Choice(["sse-starlette"]),
+    help="Then have a plain broadcaster send the same events.",
+)
+@report_flags
+def hub(as_json: str | None, plot: Path | None, against: str | None, **load: Any) -> None:
+    """One side process under load: what it takes, what its readers get, what it costs.
+
+    A fake engine speaks to it over the real socket, as many requests at once as there are readers,
+    each of which is an SSE connection. Exits with 1 unless, for each reader, events published are
+    events received and those that gaps told of. Each reader takes an open file at both ends
+    (`ulimit -n`).
+    """
+    from neuroscope_vllm.cli.hub_load import Load, balanced, draw, measure, table
+
+    report = measure(Load(**load), against) | {"machine": machine()}
+    deliver(report, as_json, plot, table, draw)
+    if not balanced(report):
+        raise click.exceptions.Exit(1)
 
 
 @command.command("encode")
+@click.option(
+    "--width",
+    "widths",
+    type=Sizes(),
+    multiple=True,
+    default=["16384"],
+    callback=together,
+    show_default=True,
+    help="Features, as in 16384,65536.",
+)
+@click.option(
+    "--rows",
+    type=Sizes(),
+    multiple=True,
+    default=["1,8,16,32,128,2048"],
+    callback=together,
+    show_default=True,
+    help="Tokens of a step.",
+)
+@click.option("--d-model", default=2304, show_default=True, type=click.IntRange(min=1))
+@click.option(
+    "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True
+)
+@report_flags
+def encode(
+    widths: tuple[int, ...],
+    rows: tuple[int, ...],
+    d_model: int,
+    device: str,
+    as_json: str | None,
+    plot: Path | None,
+) -> None:
+    """The encoder alone, with a random SAE, against what the device's memory and arithmetic allow.
+
+    Both limits are measured in the same run, by a large copy and a large matmul.
+    """
+    from neuroscope_vllm.cli.encode_floor import draw, measure, table
+
+    report = measure(widths, rows, d_model, device) | {"machine": machine()}
+    deliver(report, as_json, plot, table, draw)
+
+
+@command.command("memory")
 @click.option("--width", default=16384, show_default=True, type=click.IntRange(min=8))
 @click.option("--rows", default=8192, show_default=True, type=click.IntRange(min=1))
 @click.option("--d-model", default=2304, show_default=True, type=click.IntRange(min=1))
 @click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")
-def encode(width: int, rows: int, d_model: int, as_json: bool) -> None:
+def memory(width: int, rows: int, d_model: int, as_json: bool) -> None:
     """Time and memory that encoding takes, with a random SAE, on the GPU if there is one.
 
     Memory is the peak beyond the SAE's own weights and the rows. What the encoder of a server adds

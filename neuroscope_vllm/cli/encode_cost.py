@@ -1,4 +1,4 @@
-"""The measurement behind `neuroscope bench encode`.
+"""The measurement behind `neuroscope bench memory`.
 
 Each way runs in a process of its own, so that what one leaves behind is not held against the next.
 """
@@ -70,7 +70,7 @@ def _run(way: str, width: int, rows: int, d_model: int) -> dict[str, Any]:
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with torch.inference_mode():
-        sae = _random_sae(width, d_model, device)
+        sae = random_sae(width, d_model, device)
         x = torch.randn(rows, d_model, device=device)
         peak = _peak_meter(device)
         encode = _way(way, sae)
@@ -100,7 +100,7 @@ def _way(way: str, sae: SAE) -> Callable[[Tensor], object]:
     return TopKEncoder(sae, ranker).encode
 
 
-def _random_sae(width: int, d_model: int, device: Any) -> SAE:
+def random_sae(width: int, d_model: int, device: Any) -> SAE:
     """Features of random directions, L0 of them active on a normally distributed row."""
     import torch
 

@@ -9,29 +9,31 @@ import itertools
 import json
 import os
 import random
-import signal
-import socket
 import statistics
-import subprocess
-import tempfile
 import time
-from collections.abc import Iterator
-from pathlib import Path
+from collections import deque
 from typing import Any
 
-import click
 import httpx
 import msgspec
 from rich.progress import Progress
 from rich.table import Table
 
-from neuroscope_vllm.cli.supervise import console, end_what_we_start, vllm_command, vllm_executable
+from neuroscope_vllm.cli.bench_report import machine
+from neuroscope_vllm.cli.bench_servers import (
+    describe,
+    free_port,
+    graphs_of,
+    server,
+    sharing_gpu,
+    without_plugin,
+)
+from neuroscope_vllm.cli.supervise import console, end_what_we_start, vllm_command
 from neuroscope_vllm.core.config import Settings, without_settings
 
-START_TIMEOUT_S = 600
 PROMPT = "Once upon a time, in a small town by the sea, there lived"
-
-
+PLAIN, IDLE, OBSERVED = "plain", "idle", "observed"
+"""Arms: vLLM without our plugin; with it but not configured; with every token observed."""
 STEERED_VALUE = 1.0
 """Small beside a residual: the work of an edit is the same whatever its size."""
 
@@ -71,58 +73,90 @@ def compare(
     rounds: int,
     vllm_flags: tuple[str, ...],
     steered: float = 0.0,
+    idle: bool = False,
 ) -> dict[str, Any]:
-    """{"rows": [one per batch size], …}. `steered`: share of the observed requests that steer."""
-    settings = msgspec.structs.replace(settings, features_port=_free_port())
+    """{"rows": [one per batch size], …}.
+
+    Args:
+        steered: Share of the observed requests that steer.
+        idle: Measure a third server too, whose plugin is installed and not configured.
+    """
+    settings = msgspec.structs.replace(settings, features_port=free_port())
     features = f"http://127.0.0.1:{settings.features_port}"
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     end_what_we_start()
-    plain_port, watched_port = _free_port(), _free_port()
-    with (
-        _server(vllm_command(model, plain_port, None, vllm_flags), plain_port),
-        _server(vllm_command(model, watched_port, settings, vllm_flags), watched_port),
-    ):
+    with contextlib.ExitStack() as running:
+        urls = _start(model, settings, vllm_flags, idle, running)
         httpx.get(f"{features}/ready").raise_for_status()
-        nothing = Steering(0.0, [])
-        steering = Steering(steered, _describe(features)["sites"])
-        plain, watched = f"http://127.0.0.1:{plain_port}", f"http://127.0.0.1:{watched_port}"
-        of = {plain: nothing, watched: steering}
+        described = describe(features)
+        steering = dict.fromkeys(urls, Steering(0.0, []))
+        steering[OBSERVED] = Steering(steered, described["sites"])
+
+        def load(arm: str, batch: int) -> Load:
+            return asyncio.run(_load(urls[arm], batch, tokens, steering[arm]))
+
+        rows = []
         with Progress(console=console) as progress:
             task = progress.add_task("measuring", total=len(batches) * rounds)
-            rows = []
             for batch in batches:
-                for url in (plain, watched):
-                    asyncio.run(_load(url, batch, tokens, of[url]))
+                for arm in urls:
+                    load(arm, batch)
                 before = _worker_counters(features)
-                pairs = []
+                done: list[dict[str, Load]] = []
                 for i in range(rounds):
-                    order = (plain, watched) if i % 2 == 0 else (watched, plain)
-                    loads = {url: asyncio.run(_load(url, batch, tokens, of[url])) for url in order}
-                    pairs.append((loads[plain], loads[watched]))
+                    order = deque(urls)
+                    order.rotate(i)
+                    done.append({arm: load(arm, batch) for arm in order})
                     progress.advance(task)
-                rows.append(_row(batch, pairs, before, _worker_counters(features)))
-    about = {"tokens": tokens, "rounds": rounds, "model": model, "steered": steered}
-    return {"rows": rows, **about}
+                rows.append(_row(batch, done, before, _worker_counters(features)))
+    return {
+        "rows": rows,
+        "tokens": tokens,
+        "rounds": rounds,
+        "model": model,
+        "steered": steered,
+        "runner": graphs_of(described),
+        "machine": machine(),
+    }
+
+
+def _start(
+    model: str,
+    settings: Settings,
+    vllm_flags: tuple[str, ...],
+    idle: bool,
+    running: contextlib.ExitStack,
+) -> dict[str, str]:
+    """Start a server for each arm; returns their URLs."""
+    unset, bare = without_settings(os.environ), without_plugin(os.environ)
+    arms: dict[str, tuple[Settings | None, dict[str, str]]] = {PLAIN: (None, bare)}
+    if idle:
+        arms[IDLE] = (None, unset)
+    arms[OBSERVED] = (settings, unset)
+    flags = sharing_gpu(vllm_flags, len(arms))
+    urls = {}
+    for arm, (configured, env) in arms.items():
+        port = free_port()
+        running.enter_context(server(vllm_command(model, port, configured, flags), port, env))
+        urls[arm] = f"http://127.0.0.1:{port}"
+    return urls
 
 
 def _row(
     batch: int,
-    pairs: list[tuple[Load, Load]],
+    rounds: list[dict[str, Load]],
     before: dict[str, int],
     after: dict[str, int],
 ) -> dict[str, Any]:
     spent = {name: after[name] - before.get(name, 0) for name in after}
     steps = max(spent.get("steps", 0), 1)
-    return {
-        "batch": batch,
-        "throughput_ratio": round(
-            statistics.median(w.tokens_per_s / p.tokens_per_s for p, w in pairs), 4
-        ),
-        "itl_ratio": round(statistics.median(w.itl_ms / p.itl_ms for p, w in pairs), 4),
-        "plain_tokens_per_s": round(statistics.median(p.tokens_per_s for p, _ in pairs), 1),
-        "watched_tokens_per_s": round(statistics.median(w.tokens_per_s for _, w in pairs), 1),
-        "plain_itl_ms": round(statistics.median(p.itl_ms for p, _ in pairs), 3),
-        "watched_itl_ms": round(statistics.median(w.itl_ms for _, w in pairs), 3),
+    row: dict[str, Any] = {"batch": batch}
+    for arm in rounds[0]:
+        loads = [loads[arm] for loads in rounds]
+        row[f"{arm}_tokens_per_s"] = round(statistics.median(x.tokens_per_s for x in loads), 1)
+        row[f"{arm}_itl_ms"] = round(statistics.median(x.itl_ms for x in loads), 3)
+        if arm != PLAIN:
+            row |= _ratios(arm, loads, [loads[PLAIN] for loads in rounds])
+    return row | {
         "runner_ms_per_step": round(spent.get("submit_us", 0) / steps / 1000, 3),
         "encode_ms_per_step": round(spent.get("encode_us", 0) / steps / 1000, 3),
         "rows_observed": spent.get("rows_observed", 0),
@@ -130,64 +164,71 @@ def _row(
     }
 
 
+def _ratios(arm: str, loads: list[Load], plain: list[Load]) -> dict[str, Any]:
+    """Medians over the rounds, and the quartiles between which half of the rounds lie."""
+    throughput = [ours.tokens_per_s / p.tokens_per_s for ours, p in zip(loads, plain, strict=True)]
+    latency = [ours.itl_ms / p.itl_ms for ours, p in zip(loads, plain, strict=True)]
+    of: dict[str, Any] = {}
+    for name, ratios in (("throughput", throughput), ("itl", latency)):
+        low, middle, high = _quartiles(ratios)
+        of[f"{arm}_{name}_ratio"] = round(middle, 4)
+        of[f"{arm}_{name}_ratio_quartiles"] = [round(low, 4), round(high, 4)]
+    return of
+
+
+def _quartiles(values: list[float]) -> list[float]:
+    if len(values) == 1:
+        return values * 3
+    return statistics.quantiles(values, n=4, method="inclusive")
+
+
 def table(report: dict[str, Any]) -> None:
-    columns = {
-        "batch": "batch",
-        "throughput_ratio": "throughput ratio",
-        "itl_ratio": "latency ratio",
-        "plain_tokens_per_s": "tok/s plain",
-        "watched_tokens_per_s": "watched",
-        "runner_ms_per_step": "runner ms/step",
-        "encode_ms_per_step": "encode ms/step",
-        "rows_dropped": "rows dropped",
-    }
-    share = report["steered"]
-    grid = Table(
-        title="with the plugin over without it, medians of alternated rounds"
-        + (f"; {share:.0%} of requests steered" if share else "")
-    )
-    for heading in columns.values():
-        grid.add_column(heading, justify="right")
-    for row in report["rows"]:
-        grid.add_row(*(str(row[name]) for name in columns))
-    console.print(grid)
-    console.print(
-        "runner: our time on the model's own thread; encode: the encoder's, on a CPU the same time,"
-        " on CUDA beside the model. What is left is the side process and the scheduler's tap."
-    )
-
-
-@contextlib.contextmanager
-def _server(words: list[str], port: int) -> Iterator[None]:
-    with tempfile.NamedTemporaryFile("w+b", suffix=".log") as log:
-        child = subprocess.Popen(
-            [vllm_executable(), *words[1:]],
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            env=without_settings(os.environ),
+    share, rows = report["steered"], report["rows"]
+    arms = [arm for arm in (IDLE, OBSERVED) if f"{arm}_tokens_per_s" in rows[0]]
+    title = "over vLLM without the plugin, medians of alternated rounds"
+    ratios = Table(title=title + (f"; {share:.0%} of requests steered" if share else ""))
+    for heading in ("batch", "", "throughput", "half lie in", "latency", "half lie in", "tok/s"):
+        ratios.add_column(heading, justify="right")
+    for row in rows:
+        ratios.add_row(str(row["batch"]), PLAIN, "", "", "", "", str(row[f"{PLAIN}_tokens_per_s"]))
+        for arm in arms:
+            shown = [*_shown(row, f"{arm}_throughput_ratio"), *_shown(row, f"{arm}_itl_ratio")]
+            ratios.add_row("", arm, *shown, str(row[f"{arm}_tokens_per_s"]))
+    console.print(ratios)
+    for row in rows:
+        console.print(
+            f"batch {row['batch']}: {row['runner_ms_per_step']} ms a step of ours on the model's"
+            f" own thread, {row['encode_ms_per_step']} ms of the encoder;"
+            f" {row['rows_dropped']} rows dropped"
         )
-        try:
-            _wait_healthy(child, port, Path(log.name))
-            yield
-        finally:
-            child.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                child.wait(10)
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(child.pid, signal.SIGKILL)
+    console.print(
+        f"{report['runner']}. On a CPU the encoder runs on the model's thread, on CUDA beside it."
+        " What is left is the side process and the scheduler's tap."
+    )
 
 
-def _wait_healthy(child: subprocess.Popen[bytes], port: int, log: Path) -> None:
-    deadline = time.monotonic() + START_TIMEOUT_S
-    with console.status(f"starting vLLM on port {port}"):
-        while time.monotonic() < deadline and child.poll() is None:
-            with contextlib.suppress(httpx.HTTPError):
-                if httpx.get(f"http://127.0.0.1:{port}/health", timeout=5).status_code == 200:
-                    return
-            time.sleep(0.5)
-    tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
-    raise click.ClickException(f"vLLM on port {port} did not start; its last lines:\n{tail}")
+def _shown(row: dict[str, Any], name: str) -> tuple[str, str]:
+    low, high = row[f"{name}_quartiles"]
+    return f"{row[name]:.3f}", f"{low:.3f}-{high:.3f}"
+
+
+def draw(report: dict[str, Any], axes: Any) -> None:
+    """Throughput ratios by batch size, with the quartiles of the rounds."""
+    rows = report["rows"]
+    batches = [row["batch"] for row in rows]
+    for arm in (IDLE, OBSERVED):
+        name = f"{arm}_throughput_ratio"
+        if name not in rows[0]:
+            continue
+        ratios = [row[name] for row in rows]
+        ends = [row[f"{name}_quartiles"] for row in rows]
+        below = [ratio - low for ratio, (low, _) in zip(ratios, ends, strict=True)]
+        above = [high - ratio for ratio, (_, high) in zip(ratios, ends, strict=True)]
+        axes.errorbar(batches, ratios, yerr=[below, above], marker="o", capsize=3, label=arm)
+    axes.axhline(1.0, color="#666666", linewidth=1)
+    axes.set(xlabel="concurrent requests", ylabel="decode throughput, with / without", xscale="log")
+    axes.set_xticks(batches, [str(batch) for batch in batches])
+    axes.legend()
 
 
 async def _load(url: str, batch: int, tokens: int, steering: Steering) -> Load:
@@ -228,15 +269,4 @@ async def _stream(
 def _worker_counters(features: str) -> dict[str, int]:
     # Counters travel in the hello once a second.
     time.sleep(2.5)
-    senders = _describe(features)["senders"]
-    return next(s["counters"] for s in senders if s["role"] == "worker")
-
-
-def _describe(features: str) -> dict[str, Any]:
-    return httpx.get(f"{features}/v1/features/describe", timeout=10).json()
-
-
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+    return next(s["counters"] for s in describe(features)["senders"] if s["role"] == "worker")

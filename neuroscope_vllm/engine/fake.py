@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from neuroscope_vllm.core import wire
 from neuroscope_vllm.core.access import digest
@@ -30,8 +31,17 @@ DENSE = list(range(0, WIDTH, 5))
 
 def features_of(token_id: int, position: int, layer: int, top_k: int) -> list[tuple[int, float]]:
     """(index, activation) of a token's features, best first."""
-    first = token_id * 31 + position * 7 + layer
-    return [((first + 101 * k) % WIDTH, (first % 90 + 10) / (k + 1)) for k in range(top_k)]
+    index, activation = _features(np.array([token_id]), np.array([position]), layer, top_k)
+    return list(zip(index[0].tolist(), activation[0].tolist(), strict=True))
+
+
+def _features(
+    token_ids: NDArray[np.int64], positions: NDArray[np.int64], layer: int, top_k: int
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """The same of n tokens: (index, activation), each [n, top_k]."""
+    first = (token_ids * 31 + positions * 7 + layer)[:, None]
+    k = np.arange(top_k)
+    return (first + 101 * k) % WIDTH, (first % 90 + 10) / (k + 1)
 
 
 def l0_of(token_id: int) -> int:
@@ -42,7 +52,8 @@ def step_features(
     rows: dict[str, Sequence[tuple[int, int]]], layers: Sequence[int], top_k: int
 ) -> wire.StepFeatures:
     """One message with the (position, token id) rows of each internal id."""
-    flat = [row for span in rows.values() for row in span]
+    flat = np.array([row for span in rows.values() for row in span], np.int64).reshape(-1, 2)
+    positions, token_ids = flat[:, 0], flat[:, 1]
     ends = np.cumsum([len(span) for span in rows.values()]).tolist()
     spans = [
         wire.Span(name, end - len(span), end)
@@ -51,24 +62,26 @@ def step_features(
     return wire.StepFeatures(
         engine="fake",
         spans=spans,
-        positions=np.array([p for p, _ in flat], "<i4").tobytes(),
-        token_ids=np.array([t for _, t in flat], "<i4").tobytes(),
-        layers=[_layer(flat, layer, top_k) for layer in layers],
+        positions=positions.astype("<i4").tobytes(),
+        token_ids=token_ids.astype("<i4").tobytes(),
+        layers=[_layer(token_ids, positions, layer, top_k) for layer in layers],
         step=0,
         num_layers=len(layers),
     )
 
 
-def _layer(flat: list[tuple[int, int]], layer: int, top_k: int) -> wire.LayerFeatures:
-    features = np.array([features_of(t, p, layer, top_k) for p, t in flat]).reshape(-1, top_k, 2)
+def _layer(
+    token_ids: NDArray[np.int64], positions: NDArray[np.int64], layer: int, top_k: int
+) -> wire.LayerFeatures:
+    index, activation = _features(token_ids, positions, layer, top_k)
     return wire.LayerFeatures(
         layer=layer,
         top_k=top_k,
-        index=features[:, :, 0].astype("<i4").tobytes(),
-        activation=features[:, :, 1].astype("<f4").tobytes(),
-        score=(features[:, :, 1] / 2).astype("<f4").tobytes(),
-        l0=np.array([l0_of(t) for _, t in flat], "<i4").tobytes(),
-        sink=np.array([p == 0 for p, _ in flat], np.uint8).tobytes(),
+        index=index.astype("<i4").tobytes(),
+        activation=activation.astype("<f4").tobytes(),
+        score=(activation / 2).astype("<f4").tobytes(),
+        l0=(20 + token_ids % 100).astype("<i4").tobytes(),
+        sink=(positions == 0).astype(np.uint8).tobytes(),
     )
 
 

@@ -16,6 +16,9 @@ from neuroscope_vllm.core.events import SteeredFeature
 
 ROWS_OVERHEAD_BYTES = 700
 """Of the lists around rows, for each layer."""
+FEW_VALUES = 64
+"""Fewer are sooner printed one by one than rounded together."""
+POWERS = np.array([float(f"1e{n}") for n in range(23)])
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,5 +134,27 @@ def unpack_layer(message: wire.LayerFeatures, rows: int) -> LayerRows:
 
 
 def _shortest(values: NDArray[np.float32]) -> list[list[float]]:
-    """Doubles that print as the shortest decimal of the float32: 3.82, not 3.819999933242798."""
-    return values.astype("U").astype(np.float64).tolist()
+    """Doubles that print as the shortest decimal of the float32: 3.82, not 3.819999923342798."""
+    if values.size < FEW_VALUES:
+        return _printed(values).tolist()
+    out = values.astype(np.float64)
+    size = np.abs(out)
+    # Of these the nearest decimal of so many digits is an integer over a power of ten that a
+    # double holds, so it comes out exact. A power of two may have a shorter name than the nearest.
+    plain = (size >= 1e-12) & (size < 1e6) & (np.frexp(size)[0] != 0.5)
+    tens = np.floor(np.log10(size, where=plain, out=np.zeros_like(size))).astype(np.int64)
+    left = plain | (size > 0) | np.isnan(size)
+    for digits in range(6, 10):  # one that has fewer comes out of six; nine name every float32
+        scale = POWERS[np.where(plain, digits - 1 - tens, 0)]
+        rounded = np.rint(out * scale) / scale
+        found = left & plain & (rounded.astype(np.float32) == values)
+        np.copyto(out, rounded, where=found)
+        left &= ~found
+    if left.any():
+        out[left] = _printed(values[left])
+    return out.tolist()
+
+
+def _printed(values: NDArray[np.float32]) -> NDArray[np.float64]:
+    """The same by way of text, a microsecond a value."""
+    return values.astype("U").astype(np.float64)

@@ -199,7 +199,7 @@ def test_a_transcoder_has_no_variance_of_its_input(make_sae: Callable[..., SAE])
 
 
 def test_8192_rows_at_width_131072_take_less_than_2_gb_beyond_the_weights() -> None:
-    words = ["bench", "encode", "--width", "131072", "--rows", "8192", "--d-model", "32", "--json"]
+    words = ["bench", "memory", "--width", "131072", "--rows", "8192", "--d-model", "32", "--json"]
     done = subprocess.run(
         [sys.executable, "-m", "neuroscope_vllm.cli", *words], stdout=subprocess.PIPE, check=True
     )

@@ -8,10 +8,13 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
+from neuroscope_vllm.core import wire
 from neuroscope_vllm.engine.fake import DENSE, FakeEngine, Script, features_of, l0_of
+from neuroscope_vllm.server.rows import unpack_layer
 from tests.server.side import Side, wait_until
 
 PROMPT = list(b"The sea: ")
@@ -83,6 +86,20 @@ def test_floats_are_the_shortest_that_name_the_float32(side: Side, engine: FakeE
     ]
     assert values
     assert all(len(repr(value)) <= 10 for value in values)
+
+
+def test_floats_of_a_large_step_are_the_same_as_numpy_prints():
+    bits = np.random.default_rng(0).integers(0, 2**32, 16_000, np.uint64).astype(np.uint32)
+    drawn = bits.view(np.float32)
+    usual = np.random.default_rng(1).exponential(20, 16_000).astype(np.float32)
+    corners = [0, -0.0, np.inf, 1e6, 999999.9, 1e-12, 3.82, 0.1, 2**-5, 2**20, 16777216, 1e38]
+    values = np.concatenate([drawn[np.isfinite(drawn)], usual, np.float32(corners)])
+    rows, flat = len(values), values.tobytes()
+    column = np.zeros(rows, "<i4").tobytes()
+    layer = wire.LayerFeatures(20, 1, column, flat, flat, column, bytes(rows))
+    assert np.ravel(unpack_layer(layer, rows).activation).tolist() == [
+        float(str(v)) for v in values
+    ]
 
 
 @pytest.mark.parametrize("name", ["chatcmpl-after", "after", "internal"])

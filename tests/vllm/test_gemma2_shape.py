@@ -6,57 +6,32 @@ from pathlib import Path
 
 import httpx
 import openai
-from transformers import Gemma2Config
 
-from tests.support import models
+from neuroscope_vllm.cli.shapes import GEMMA_2_2B, SHAPE_FLAGS, write_shape
 from tests.support.served import start_neuroscope
 
-# google/gemma-2-2b-it's config.json, but for the ids of the little tokenizer.
-SHAPE = {
-    "architectures": ["Gemma2ForCausalLM"],
-    "hidden_size": 2304,
-    "num_hidden_layers": 26,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "head_dim": 256,
-    "intermediate_size": 9216,
-    "vocab_size": 256000,
-    "query_pre_attn_scalar": 256,
-    "sliding_window": 4096,
-    "dtype": "bfloat16",
-}
-WIDTH = 16384
+D_MODEL, WIDTH = 2304, 16384
 
 
 def test_gemma_2_2b_shape_loads_serves_and_streams(tmp_path: Path) -> None:
-    model = tmp_path / "gemma-2-2b-shape"
-    model.mkdir()
-    tokenizer = models.write_tokenizer(model)
-    Gemma2Config(
-        **SHAPE,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    ).save_pretrained(model)
-    sae = tmp_path / "layer_20" / "width_16k" / "average_l0_71"
-    models.write_gemma_scope_sae(sae, d_model=SHAPE["hidden_size"], width=WIDTH)
+    model, sae = write_shape(tmp_path, GEMMA_2_2B)
     server = start_neuroscope(
         model,
         sae,
         tmp_path / "log",
         vllm_flags=(
-            *("--load-format", "dummy", "--served-model-name", "gemma", "--enforce-eager"),
-            *("--max-model-len", "256", "--max-num-seqs", "2"),
+            *SHAPE_FLAGS,
+            *("--enforce-eager", "--max-model-len", "256", "--max-num-seqs", "2"),
         ),
     )
     try:
         server.wait_ready()
         (site,) = httpx.get(f"{server.features}/v1/features/describe").json()["sites"]
         assert site["layer"] == 20  # from the path, as Gemma Scope lays it out
-        assert (site["sae"]["d_model"], site["sae"]["width"]) == (2304, WIDTH)
+        assert (site["sae"]["d_model"], site["sae"]["width"]) == (D_MODEL, WIDTH)
         client = openai.OpenAI(base_url=f"{server.chat}/v1", api_key="none", max_retries=0)
         answer = client.chat.completions.create(
-            model="gemma",
+            model="shape",
             messages=[{"role": "user", "content": "Hello there"}],
             max_tokens=4,
             extra_body={"ignore_eos": True},

@@ -103,14 +103,15 @@ class TopKEncoder:
                 f"use the calibration of this SAE."
             )
         self.k = k
+        self.select_dtype = select_dtype
         self._width = width
         self._d_model = d_model
         self._ranker = ranker
         self._keep = sae.info.k
         self._input_norm = sae.info.input_norm
         spare = max(SPARE_CANDIDATES, (self._keep or 0) // SPARE_SHARE)
-        self._candidates = min(width, candidates or least + spare)
-        self._pool = self._candidates if ranker.affine else min(width, max(POOL, self._candidates))
+        self.candidates = min(width, candidates or least + spare)
+        self._pool = self.candidates if ranker.affine else min(width, max(POOL, self.candidates))
 
         self._rows = sae.W_enc.t().float().contiguous()  # [width, d_model], no copy when it is so
         bias, threshold = sae.b_enc.float(), sae.threshold.float().clamp(min=0.0)
@@ -127,7 +128,7 @@ class TopKEncoder:
             self._gemm = _SelectionGemm(self._rows, torch.ones_like(bias), bias, select_dtype)
         self._bias_threshold = torch.stack([bias, strict], dim=1)
 
-        row_bytes = max(2 * width * select_dtype.itemsize, self._candidates * d_model * 4)
+        row_bytes = max(2 * width * select_dtype.itemsize, self.candidates * d_model * 4)
         self._chunk_rows = max(1, max_chunk_bytes // row_bytes)
         self._flags = torch.empty(0, width, dtype=select_dtype, device=self._rows.device)
 
@@ -145,7 +146,7 @@ class TopKEncoder:
             x = normalise_rows(x, self._input_norm)
         margin = self._gemm(x)
         if self._keep is not None:
-            return self._exact_of_kept(x, top_of_blocks(margin, self._candidates)[1], self._keep)
+            return self._exact_of_kept(x, top_of_blocks(margin, self.candidates)[1], self._keep)
         l0 = self._count_active(margin)
         score = torch.threshold_(margin, 0.0, float("-inf")).add_(self._offset)
         best, index = top_of_blocks(score, self._pool)
@@ -166,7 +167,7 @@ class TopKEncoder:
         scale, shift = self._line[index].unbind(2)
         score = self._ranker.score(index, (line_score - shift) / scale)
         score = torch.where(line_score == float("-inf"), float("-inf"), score)
-        return index.gather(1, score.topk(self._candidates, sorted=False).indices)
+        return index.gather(1, score.topk(self.candidates, sorted=False).indices)
 
     def _exact(self, x: Tensor, index: Tensor, l0: Tensor) -> TopK:
         activation, threshold = self._values(x, index)
