@@ -121,8 +121,8 @@ def _with_secret(stream_secret: str | None, kwargs: dict[str, Any]) -> dict[str,
     """Arguments of a request that bears it; what it asks of us besides stays."""
     if stream_secret is None:
         return kwargs
-    body = kwargs.get("extra_body") or {}
-    xargs = body.get("vllm_xargs") or {}
+    body: dict[str, Any] = kwargs.get("extra_body") or {}
+    xargs: dict[str, Any] = body.get("vllm_xargs") or {}
     options = {**json.loads(xargs.get(KEY, "{}")), "stream_secret": stream_secret}
     xargs = {**xargs, KEY: json.dumps(options)}
     return {**kwargs, "extra_body": {**body, "vllm_xargs": xargs}}

@@ -286,10 +286,10 @@ def test_a_folder_that_one_may_not_write_is_refused(tmp_path: Path) -> None:
     (tmp_path / "kept").mkdir(mode=0o555)
     code = f"""if True:
         import os
-        from neuroscope_vllm.core import config, launch
+        from neuroscope_vllm.core import access, config, launch
         os.chdir({str(tmp_path)!r})
         os.setuid(65534)
-        launch.check_side(config.Settings(record="kept"), KeyDigests())
+        launch.check_side(config.Settings(record="kept"), access.KeyDigests())
     """
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert ran.returncode == 1
