@@ -20,6 +20,7 @@ from prometheus_client.openmetrics.parser import (
 from prometheus_client.parser import text_string_to_metric_families
 
 from neuroscope_vllm.core import launch, wire
+from neuroscope_vllm.core.access import KeyDigests
 from neuroscope_vllm.core.config import Settings
 from neuroscope_vllm.core.errors import ConfigError
 from neuroscope_vllm.core.sae.info import SAEInfo
@@ -376,10 +377,10 @@ def _accounted(found: dict[str, dict[tuple[str, ...], float]]) -> float:
 def test_events_that_can_not_be_sent_are_refused_at_the_start(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_PROTOCOL", "grpc")
     with pytest.raises(ConfigError, match="OTEL_EXPORTER_OTLP_PROTOCOL is grpc"):
-        launch.check_side(Settings(otel=True))
+        launch.check_side(Settings(otel=True), KeyDigests())
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_LOGS_PROTOCOL", "http/protobuf")
-    launch.check_side(Settings(otel=True))
+    launch.check_side(Settings(otel=True), KeyDigests())
     monkeypatch.setitem(sys.modules, "opentelemetry.exporter.otlp.proto.http", None)
     with pytest.raises(ConfigError, match=r"pip install 'neuroscope-vllm\[otel\]'"):
-        launch.check_side(Settings(otel=True))
-    launch.check_side(Settings())
+        launch.check_side(Settings(otel=True), KeyDigests())
+    launch.check_side(Settings(), KeyDigests())
