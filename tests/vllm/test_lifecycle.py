@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
@@ -22,6 +23,7 @@ from tests.support.served import (
     bin_path,
     environment,
     free_port,
+    sse_events,
     start_neuroscope,
     start_vllm,
 )
@@ -81,7 +83,8 @@ def served(
     tiny_llama: Path, tiny_sae: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Served]:
     log = tmp_path_factory.mktemp("lifecycle") / "serve.log"
-    server = start_neuroscope(tiny_llama, tiny_sae, log, vllm_flags=EAGER)
+    flags = (*EAGER, "--shutdown-timeout", "120")
+    server = start_neuroscope(tiny_llama, tiny_sae, log, vllm_flags=flags)
     try:
         yield server.wait_ready()
     finally:
@@ -190,21 +193,65 @@ def test_taken_port_stops_the_start_and_names_the_port(
     assert "EngineCore" not in second.log.read_text()
 
 
-def test_ctrl_c_drains_and_exits_130_within_10_seconds(served: Served) -> None:
-    """Last in this module: it ends the shared server."""
+def test_ctrl_c_drains_and_exits_130(served: Served) -> None:
+    """Last in this module that uses the shared server: it ends it."""
     family = psutil.Process(served.process.pid).children(recursive=True)
     (side,) = side_processes(served)
     runtime_directory = Path(side.cmdline()[-1]).parent
     assert runtime_directory.is_dir()
-    with httpx.stream("GET", f"{served.features}/v1/features/stream", timeout=30) as stream:
-        began = time.monotonic()
+    with (
+        ThreadPoolExecutor(1) as pool,
+        httpx.stream("GET", f"{served.features}/v1/features/stream", timeout=60) as stream,
+    ):
+        running = pool.submit(chat, served, "drained", None, 900)
+        events = sse_events(stream)
+        while next(events)["event"] != "token":
+            pass
         served.process.send_signal(signal.SIGINT)
-        assert served.process.wait(15) == 130
-        assert time.monotonic() - began < 10
-        assert "event: goodbye" in stream.read().decode()
+        assert isinstance(running.result(120), str)
+        ended = time.monotonic()
+        heard = list(events)
+        assert served.process.wait(20) == 130
+        assert time.monotonic() - ended < 10
+    assert (heard[-2]["event"], heard[-2]["finish_reason"]) == ("done", "length")
+    assert heard[-2]["completion_tokens"] == 900
+    assert (heard[-1]["event"], heard[-1]["reason"]) == ("goodbye", "shutdown")
     _, alive = psutil.wait_procs(family, timeout=5)
     assert alive == []
     assert not runtime_directory.exists()
+
+
+def test_sigterm_without_drain_ends_what_runs_and_says_so(
+    tiny_llama: Path, tiny_sae: Path, tmp_path: Path
+) -> None:
+    server = start_vllm(
+        tiny_llama, tmp_path / "log", neuroscope={"sae": str(tiny_sae)}, vllm_flags=EAGER
+    )
+    try:
+        server.wait_ready()
+        heard = _while_a_chat_runs(server, server.process.terminate)
+        assert server.process.wait(30) is not None
+    finally:
+        server.stop()
+    assert heard[-1]["event"] == "goodbye"
+    ends = [event for event in heard if event["event"] == "done"]
+    assert [event["finish_reason"] for event in ends] == ["abort"]
+
+
+def _while_a_chat_runs(served: Served, fault: Callable[[], object]) -> list[dict[str, Any]]:
+    """What readers of everything hear of a long chat and a fault in it, to the stream's end."""
+    with (
+        ThreadPoolExecutor(1) as pool,
+        httpx.stream("GET", f"{served.features}/v1/features/stream", timeout=60) as stream,
+    ):
+        running = pool.submit(chat, served, "struck", None, 900)
+        events = sse_events(stream)
+        while next(events)["event"] != "token":
+            pass
+        fault()
+        heard = list(events)
+        running.exception(60)  # vLLM ends it as it likes
+        return heard
 
 
 def test_two_api_servers_share_one_side_process_and_two_layers_one_pass(
@@ -233,8 +280,10 @@ def test_two_api_servers_share_one_side_process_and_two_layers_one_pass(
             for event in tokens[:-2]:
                 labels = {f["label"] for f in event["top_features"]}
                 assert (None in labels) == (event["layer"] == 20)
-        server.process.kill()
-        wait_until(lambda: not side.is_running(), timeout=5)
+        # vLLM ends itself with its engine, and takes the side process along.
+        heard = _while_a_chat_runs(server, scheduler_process(server).kill)
+        assert heard[-1]["event"] == "goodbye"
+        wait_until(lambda: not side.is_running(), timeout=30)
     finally:
         server.stop()
         for orphan in family:
