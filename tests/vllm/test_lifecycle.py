@@ -54,7 +54,13 @@ def scheduler_process(served: Served) -> psutil.Process:
     return core
 
 
-def chat(served: Served, request_id: str, url: str | None = None, max_tokens: int = 4) -> str:
+def chat(
+    served: Served,
+    request_id: str,
+    url: str | None = None,
+    max_tokens: int = 4,
+    timeout: float = 120,
+) -> str:
     body = {
         "model": "tiny",
         "messages": [{"role": "user", "content": "Hi"}],
@@ -65,7 +71,7 @@ def chat(served: Served, request_id: str, url: str | None = None, max_tokens: in
         f"{url or served.chat}/v1/chat/completions",
         json=body,
         headers={"X-Request-Id": request_id},
-        timeout=120,
+        timeout=timeout,
     )
     response.raise_for_status()
     return response.json()["choices"][0]["message"]["content"]
@@ -244,13 +250,14 @@ def _while_a_chat_runs(served: Served, fault: Callable[[], object]) -> list[dict
         ThreadPoolExecutor(1) as pool,
         httpx.stream("GET", f"{served.features}/v1/features/stream", timeout=60) as stream,
     ):
-        running = pool.submit(chat, served, "struck", None, 900)
+        # A server without its engine waits for its clients to leave.
+        running = pool.submit(chat, served, "struck", None, 900, 20)
         events = sse_events(stream)
         while next(events)["event"] != "token":
             pass
         fault()
         heard = list(events)
-        running.exception(60)  # vLLM ends it as it likes
+        assert running.exception(60) is not None
         return heard
 
 
