@@ -39,8 +39,9 @@ from neuroscope_vllm.engine.hf.serve.spec import ServeSpec
 console = Console(stderr=True)
 
 DRAIN_S = 5
-"""How long vLLM may finish running requests after Ctrl-C."""
-KILL_AFTER_S = 8
+"""How long vLLM may finish running requests after Ctrl-C, where it was told nothing else."""
+END_S = 3
+"""How long it may take to end then."""
 
 
 def vllm_command(
@@ -63,7 +64,7 @@ def vllm_command(
             )
         additional["neuroscope"] = settings_dict(settings)
         words += ["--additional-config", json.dumps(additional)]
-    if not any(flag.startswith("--shutdown-timeout") for flag in flags):
+    if not any(flag.replace("_", "-").startswith("--shutdown-timeout") for flag in flags):
         flags += ["--shutdown-timeout", str(DRAIN_S)]
     return words + flags
 
@@ -165,7 +166,7 @@ def run_server(words: list[str], settings: Settings, port: int, print_command: b
         code = child.wait()
     except KeyboardInterrupt:
         console.print("neuroscope: draining, then stopping (Ctrl-C again to stop now)")
-        _stop(child)
+        _stop(child, _drain_s(words) + END_S)
         sys.exit(130)
     sys.exit(code)
 
@@ -191,11 +192,18 @@ def _interrupt(number: int, frame: object) -> None:
     raise KeyboardInterrupt
 
 
-def _stop(child: subprocess.Popen[Any]) -> None:
+def _drain_s(words: list[str]) -> int:
+    """How long vLLM lets requests run to their end when it is stopped."""
+    parser = argparse.ArgumentParser(add_help=False, exit_on_error=False, allow_abbrev=False)
+    parser.add_argument("--shutdown-timeout", "--shutdown_timeout", type=int, default=DRAIN_S)
+    return parser.parse_known_args(words)[0].shutdown_timeout
+
+
+def _stop(child: subprocess.Popen[Any], patience: float) -> None:
     with contextlib.suppress(ProcessLookupError, KeyboardInterrupt):
         child.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
-            child.wait(KILL_AFTER_S)
+            child.wait(patience)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL)
 

@@ -36,8 +36,8 @@ logger = logging.getLogger(__name__)
 
 OPEN_SHARE = 0.75
 """Of `running_mb`, for the requests themselves; the rest is room for rows, and for answers."""
-OPEN_BYTES = 12_000
-"""What a running choice costs beside its tokens."""
+OPEN_BYTES, OPEN_COPIES = 6_000, 4
+"""What a running choice costs: beside its prompt, and how many of the prompt are kept."""
 GONE = "The engine went away while it ran this request."
 MAX_ID = 4096
 """Characters of a request's ids. vLLM takes X-Request-Id of any length, and every event says it."""
@@ -196,7 +196,7 @@ class Hub:
         trace = Trace(*ids, started.created, started.secret)
         self.begin(trace)
         self.counters["requests"] += 1
-        size = OPEN_BYTES + 2 * len(wire.encode(started))
+        size = OPEN_BYTES + OPEN_COPIES * len(wire.encode(started))
         if self.budget.choices + size > self.budget.limit * OPEN_SHARE:
             self._refuse(narrator, trace, now)
             return

@@ -98,7 +98,7 @@ def test_a_request_that_finds_no_room_is_told_of_and_refused_nothing_else(
         side.wait_armed()
         send(hello("s"))
         for n in range(200):
-            send(started(f"long-{n}"))
+            send(started(f"short-{n}"))
         wait_until(lambda: side.counters().get("requests_refused"))
         engine.run("refused", [1, 2], [3])
         (choice,) = side.wait_done("refused")
@@ -261,8 +261,9 @@ def test_put_neither_blocks_nor_grows_while_the_hub_stands_still(new_side: NewSi
         # What waits is bounded by its size, too: the thread that ships can go no further.
         for _ in range(2000):
             sender.put(large)
-        bound = sender_module.QUEUED_BYTES + wire.weight(large)
-        assert sum(map(wire.weight, sender._queue.queue)) <= bound
+        with sender._queue.mutex:
+            waiting = sum(map(wire.weight, sender._queue.queue))
+        assert waiting <= sender_module.QUEUED_BYTES + wire.weight(large)
     finally:
         os.kill(side.process.pid, signal.SIGCONT)
     # A full queue, and nobody who empties it.

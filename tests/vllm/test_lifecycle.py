@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
@@ -25,6 +26,7 @@ from tests.support.served import (
     bin_path,
     environment,
     free_port,
+    sse_events,
     start_neuroscope,
     start_vllm,
 )
@@ -56,7 +58,13 @@ def scheduler_process(served: Served) -> psutil.Process:
     return core
 
 
-def chat(served: Served, request_id: str, url: str | None = None, max_tokens: int = 4) -> str:
+def chat(
+    served: Served,
+    request_id: str,
+    url: str | None = None,
+    max_tokens: int = 4,
+    timeout: float = 120,
+) -> str:
     body = {
         "model": "tiny",
         "messages": [{"role": "user", "content": "Hi"}],
@@ -67,7 +75,7 @@ def chat(served: Served, request_id: str, url: str | None = None, max_tokens: in
         f"{url or served.chat}/v1/chat/completions",
         json=body,
         headers={**served.headers, "X-Request-Id": request_id},
-        timeout=120,
+        timeout=timeout,
     )
     response.raise_for_status()
     return response.json()["choices"][0]["message"]["content"]
@@ -85,7 +93,8 @@ def served(
     tiny_llama: Path, tiny_sae: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Served]:
     log = tmp_path_factory.mktemp("lifecycle") / "serve.log"
-    server = start_neuroscope(tiny_llama, tiny_sae, log, vllm_flags=EAGER)
+    flags = (*EAGER, "--shutdown-timeout", "120")
+    server = start_neuroscope(tiny_llama, tiny_sae, log, vllm_flags=flags)
     try:
         yield server.wait_ready()
     finally:
@@ -194,18 +203,31 @@ def test_taken_port_stops_the_start_and_names_the_port(
     assert "EngineCore" not in second.log.read_text()
 
 
-def test_ctrl_c_drains_and_exits_130_within_10_seconds(served: Served) -> None:
-    """Last in this module: it ends the shared server."""
+def test_ctrl_c_drains_and_exits_130(served: Served) -> None:
+    """Last in this module that uses the shared server: it ends it."""
     family = psutil.Process(served.process.pid).children(recursive=True)
     (side,) = side_processes(served)
     runtime_directory = Path(side.cmdline()[-1]).parent
     assert runtime_directory.is_dir()
-    with httpx.stream("GET", f"{served.features}/v1/features/stream", timeout=30) as stream:
-        began = time.monotonic()
+    with (
+        ThreadPoolExecutor(1) as pool,
+        httpx.stream(
+            "GET", f"{served.features}/v1/features/stream", headers=served.readers, timeout=60
+        ) as stream,
+    ):
+        running = pool.submit(chat, served, "drained", None, 400)
+        events = sse_events(stream)
+        while next(events)["event"] != "token":
+            pass
         served.process.send_signal(signal.SIGINT)
-        assert served.process.wait(15) == 130
-        assert time.monotonic() - began < 10
-        assert "event: goodbye" in stream.read().decode()
+        assert isinstance(running.result(120), str)
+        ended = time.monotonic()
+        heard = list(events)
+        assert served.process.wait(20) == 130
+        assert time.monotonic() - ended < 30  # 1 to 2, where nothing else runs
+    assert (heard[-2]["event"], heard[-2]["finish_reason"]) == ("done", "length")
+    assert heard[-2]["completion_tokens"] == 400
+    assert (heard[-1]["event"], heard[-1]["reason"]) == ("goodbye", "shutdown")
     _, alive = psutil.wait_procs(family, timeout=5)
     assert alive == []
     assert not runtime_directory.exists()
@@ -231,6 +253,43 @@ def check_secret(server: Served, side: psutil.Process, family: list[psutil.Proce
     told += [str(side.environ()), (Path(side.cmdline()[-1])).read_text()]
     assert not any(one in text for one in (SECRET, ADMIN) for text in told)
     assert USER not in told[-1] + told[-2]
+
+
+def test_sigterm_without_drain_says_goodbye(
+    tiny_llama: Path, tiny_sae: Path, tmp_path: Path
+) -> None:
+    server = start_vllm(
+        tiny_llama, tmp_path / "log", neuroscope={"sae": str(tiny_sae)}, vllm_flags=EAGER
+    )
+    try:
+        server.wait_ready()
+        heard = _while_a_chat_runs(server, server.process.terminate)
+        assert server.process.wait(30) is not None
+    finally:
+        server.stop()
+    assert heard[-1]["event"] == "goodbye"
+    # vLLM kills its engine, in most cases before that could say a word.
+    assert {e["finish_reason"] for e in heard if e["event"] == "done"} <= {"abort"}
+
+
+def _while_a_chat_runs(
+    served: Served, fault: Callable[[], object], admin: str = "none"
+) -> list[dict[str, Any]]:
+    """What readers of everything hear of a long chat and a fault in it, to the stream's end."""
+    url, headers = f"{served.features}/v1/features/stream", {"Authorization": f"Bearer {admin}"}
+    with (
+        ThreadPoolExecutor(1) as pool,
+        httpx.stream("GET", url, headers=headers, timeout=60) as stream,
+    ):
+        # A server without its engine waits for its clients to leave.
+        running = pool.submit(chat, served, "struck", None, 900, 20)
+        events = sse_events(stream)
+        while next(events)["event"] != "token":
+            pass
+        fault()
+        heard = list(events)
+        assert running.exception(60) is not None
+        return heard
 
 
 def test_two_api_servers_share_one_side_process_and_two_layers_one_pass(
@@ -262,8 +321,10 @@ def test_two_api_servers_share_one_side_process_and_two_layers_one_pass(
                 labels = {f["label"] for f in event["top_features"]}
                 assert (None in labels) == (event["layer"] == 20)
         check_secret(server, side, family)
-        server.process.kill()
-        wait_until(lambda: not side.is_running(), timeout=5)
+        # vLLM ends itself with its engine, and takes the side process along.
+        heard = _while_a_chat_runs(server, scheduler_process(server).kill, ADMIN)
+        assert heard[-1]["event"] == "goodbye"
+        wait_until(lambda: not side.is_running(), timeout=30)
     finally:
         server.stop()
         for orphan in family:
