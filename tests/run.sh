@@ -1,15 +1,31 @@
 #!/usr/bin/env bash
 # Every check: format, lint, import layers, types, tests. Sets up .venv in the checkout first.
 # Arguments go to pytest, e.g. tests/run.sh tests/core -k sae
+#   tests/run.sh --matrix [VERSION ...]   some of vLLM's tests on other versions of its CPU build,
+#                                         each set up in .venv-vllm-VERSION (about 1.5 GB)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+unset PYTHONPATH
+step() { echo "== $*" >&2; "$@"; }
+
+if [ "${1:-}" = --matrix ]; then
+  shift
+  [ $# -gt 0 ] || set -- 0.27.1 0.30.0
+  # Served on V1, compiled, and on V2; offline; patched; what is refused; the front process.
+  smoke=(tests/vllm/test_truth.py tests/vllm/test_offline.py tests/vllm/test_patches.py
+    tests/vllm/test_refusals.py tests/vllm/test_front.py)
+  for version in "$@"; do
+    examples/setup.sh ".venv-vllm-$version" demo,dev "$version"
+    PATH="$PWD/.venv-vllm-$version/bin:$PATH" step python -m pytest "${smoke[@]}"
+  done
+  exit
+fi
+
 # A Mac has no vLLM, which the type check and most tests need.
 if [ "$(uname -s)" = Darwin ]; then extras=demo,dev,hf; else extras=demo,dev; fi
 examples/setup.sh .venv "$extras"
 export PATH="$PWD/.venv/bin:$PATH"
-unset PYTHONPATH
 
-step() { echo "== $*" >&2; "$@"; }
 if [ "$extras" = demo,dev,hf ]; then exec python -m pytest "$@"; fi
 step ruff format --check .
 step ruff check .
