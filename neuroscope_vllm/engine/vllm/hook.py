@@ -97,7 +97,7 @@ class ActivationHook(nn.Module):
 
 def max_rows(vllm_config: VllmConfig) -> int:
     """Most rows a forward pass can have, CUDA-graph padding included."""
-    capture = getattr(vllm_config.compilation_config, "max_cudagraph_capture_size", None) or 0
+    capture = vllm_config.compilation_config.max_cudagraph_capture_size or 0
     return max(vllm_config.scheduler_config.max_num_batched_tokens, capture)
 
 

@@ -26,11 +26,15 @@ _MARK = "_neuroscope_wrapped"
 
 def register() -> None:
     """Called by vLLM, possibly several times in a process."""
+    from neuroscope_vllm.engine.vllm import compat
+
     # Only modules already loaded are wrapped: the process that needs a seam has imported it.
     if "vllm.engine.arg_utils" in sys.modules:
         from vllm.engine.arg_utils import EngineArgs
 
         wrap(EngineArgs, "create_engine_config", _create_engine_config)
+    if not compat.served():
+        return  # what was wrapped says so, if we are configured
     if "vllm.v1.worker.worker_base" in sys.modules:
         from vllm.v1.worker.worker_base import WorkerWrapperBase
 

@@ -7,6 +7,7 @@ import os
 from vllm.config import VllmConfig
 
 from neuroscope_vllm.core.errors import ConfigError
+from neuroscope_vllm.engine.vllm import compat
 from neuroscope_vllm.engine.vllm.models import SERVED
 
 _AUXILIARY = ("eagle3", "dflash", "dspark", "extract_hidden_states")
@@ -28,23 +29,23 @@ def check_served(vllm_config: VllmConfig) -> None:
         "vLLM's Rust front end (VLLM_USE_RUST_FRONTEND) makes requests where their options are not"
         " read": os.environ.get("VLLM_USE_RUST_FRONTEND", "0") not in ("", "0"),
         "dual-batch overlap (--enable-dbo) runs each layer on half batches, so rows can not be"
-        " told apart": getattr(parallel, "use_ubatching", False),
+        " told apart": parallel.use_ubatching,
         "decode context parallelism splits a request's rows over ranks": (
-            getattr(parallel, "decode_context_parallel_size", 1) > 1
+            parallel.decode_context_parallel_size > 1
         ),
         "prefill context parallelism splits a request's rows over ranks": (
-            getattr(parallel, "prefill_context_parallel_size", 1) > 1
+            parallel.prefill_context_parallel_size > 1
         ),
-        "sequence parallelism shards the residual stream over ranks": bool(
-            getattr(vllm_config.compilation_config.pass_config, "enable_sp", False)
+        "sequence parallelism shards the residual stream over ranks": (
+            compat.sequence_parallel(vllm_config)
         ),
-        "adaptive draft verification leaves row boundaries on the GPU": bool(
-            getattr(speculative, "enable_adaptive_verification", False)
+        "adaptive draft verification leaves row boundaries on the GPU": (
+            compat.adaptive_verification(vllm_config)
         ),
         "drafting takes auxiliary hidden states from the decoder loop we replace, with"
         f" {', '.join(_AUXILIARY)}": (speculative is not None and speculative.method in _AUXILIARY),
-        "sleep mode (--enable-sleep-mode) may drop the SAE's weights with the model's": bool(
-            getattr(model, "enable_sleep_mode", False)
+        "sleep mode (--enable-sleep-mode) may drop the SAE's weights with the model's": (
+            model.enable_sleep_mode
         ),
     }
     for reason, refused in reasons.items():

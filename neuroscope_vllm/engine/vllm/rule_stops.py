@@ -31,9 +31,7 @@ class Stops:
     def watch_outputs(self, runner: Any) -> None:
         """Have the outputs of `runner` carry what was noted."""
         for name in ("execute_model", "sample_tokens"):
-            method = getattr(runner, name, None)
-            if method is not None:
-                setattr(runner, name, self._carrying(method))
+            setattr(runner, name, self._carrying(getattr(runner, name)))
 
     def _carrying(self, method: Any) -> Any:
         def carrying(*args: Any, **kwargs: Any) -> Any:

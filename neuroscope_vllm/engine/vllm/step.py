@@ -1,8 +1,9 @@
 """Whose rows are in a step: one StepView for both of vLLM's model runners.
 
 The mapping is read where vLLM has just made it, never before `execute_model`: V1 sorts and
-condenses its batch in `_update_states`, V2 sorts in `gather_batch_req_state`. Dummy, profile and
-capture runs pass through neither seam. V2's kernel warm-up on a GPU does; `self_test` drops what
+condenses its batch in `_update_states`, V2 sorts in `gather_batch_req_state`. A runner that tells
+its rows itself (`patches/`) does so in the same place. Dummy, profile and capture runs pass through
+none of these seams. V2's kernel warm-up on a GPU does; `self_test` drops what
 comes before it.
 """
 
@@ -15,6 +16,7 @@ import numpy as np
 from torch import Tensor
 
 from neuroscope_vllm.engine.serving.step import StepView
+from neuroscope_vllm.engine.vllm.compat import step_views
 
 
 class StepWatcher(Protocol):
@@ -38,7 +40,11 @@ def watch_steps(runner: Any, watcher: StepWatcher) -> None:
         pending[:] = [step]
         watcher.prepared(step)
 
-    (_watch_v2_inputs if is_v2(runner) else _watch_v1_inputs)(runner, prepared)
+    views = step_views(runner)
+    if views is not None:
+        views.append(lambda view: prepared(_of_vllm(view)))
+    else:
+        (_watch_v2_inputs if is_v2(runner) else _watch_v1_inputs)(runner, prepared)
     execute_model = runner.execute_model
 
     def execute_and_report(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
@@ -55,6 +61,17 @@ def watch_steps(runner: Any, watcher: StepWatcher) -> None:
 
 def is_v2(runner: Any) -> bool:
     return hasattr(runner, "prepare_inputs")
+
+
+def _of_vllm(view: Any) -> StepView:
+    """From vLLM's own StepView, where `patches/` is applied."""
+    return StepView(
+        view.req_ids,
+        view.query_start_loc.tolist(),
+        view.positions,
+        view.input_ids,
+        view.num_computed_tokens.tolist(),
+    )
 
 
 def _watch_v2_inputs(runner: Any, prepared: Callable[[StepView], None]) -> None:
@@ -81,8 +98,8 @@ def _watch_v1_inputs(runner: Any, prepared: Callable[[StepView], None]) -> None:
             _view(
                 list(batch.req_ids),
                 starts,
-                _device_tensor(runner.positions),
-                _device_tensor(runner.input_ids),
+                runner.positions,
+                runner.input_ids.gpu,
                 batch.num_computed_tokens_cpu[: len(starts) - 1].tolist(),
             )
         )
@@ -100,8 +117,3 @@ def _view(
 ) -> StepView:
     rows = row_starts[-1]
     return StepView(request_ids, row_starts, positions[:rows], token_ids[:rows], first_positions)
-
-
-def _device_tensor(buffer: Any) -> Tensor:
-    """V1 keeps some inputs as a CPU/GPU pair and some as plain tensors, varying by version."""
-    return buffer if isinstance(buffer, Tensor) else buffer.gpu

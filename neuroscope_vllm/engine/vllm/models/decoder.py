@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -15,6 +15,7 @@ from vllm.config import VllmConfig
 from vllm.distributed import get_pp_group
 from vllm.sequence import IntermediateTensors
 
+from neuroscope_vllm.engine.vllm.compat import hooks_natively
 from neuroscope_vllm.engine.vllm.hook import ActivationHook
 
 DYNAMIC_DIMS: dict[str, Any] = {
@@ -73,11 +74,30 @@ class ObservedDecoder(nn.Module):
 
 
 class ObservedForCausalLM(nn.Module):
-    """Mixed in before a vLLM ...ForCausalLM: a model cut off for corpus passes leaves the weights
-    of the layers above in the checkpoint, which vLLM would call unknown."""
+    """Mixed in before a vLLM ...ForCausalLM: its decoder loop calls an ActivationHook.
 
+    Where vLLM's own loop calls one, that one is given; else another inner model is built.
+    """
+
+    # What the vLLM model brings; the last where vLLM's own loop calls a hook.
     config: Any
+    model: Any
+    set_activation_hook: Any
 
+    observed: ClassVar[tuple[ModuleType, str, type[ObservedDecoder]]]
+    """vLLM's module, the name of the inner model in it, and what is built in its stead."""
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        if not hooks_natively(type(self)):
+            with building_with(*self.observed):
+                super().__init__(vllm_config=vllm_config, prefix=prefix)
+            return
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        stage = self.model.start_layer, self.model.end_layer
+        self.set_activation_hook(ActivationHook.for_model(vllm_config, *stage))
+
+    # A model cut off for corpus passes leaves the weights of the layers above in the checkpoint,
+    # which vLLM would call unknown.
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         layers = self.config.num_hidden_layers
         return super().load_weights(  # pyright: ignore[reportAttributeAccessIssue]

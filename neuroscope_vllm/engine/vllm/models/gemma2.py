@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from vllm.compilation.decorators import support_torch_compile
-from vllm.config import VllmConfig
 from vllm.model_executor.models import gemma2
 
 from neuroscope_vllm.engine.vllm.models.decoder import (
     DYNAMIC_DIMS,
     ObservedDecoder,
     ObservedForCausalLM,
-    building_with,
 )
 
 
@@ -20,6 +18,4 @@ class ObservedGemma2Model(ObservedDecoder, gemma2.Gemma2Model):
 
 
 class ObservedGemma2ForCausalLM(ObservedForCausalLM, gemma2.Gemma2ForCausalLM):
-    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
-        with building_with(gemma2, "Gemma2Model", ObservedGemma2Model):
-            super().__init__(vllm_config=vllm_config, prefix=prefix)
+    observed = (gemma2, "Gemma2Model", ObservedGemma2Model)

@@ -7,14 +7,12 @@ vLLM's registry, so what is registered as Gemma3ForCausalLM is what it runs.
 from __future__ import annotations
 
 from vllm.compilation.decorators import support_torch_compile
-from vllm.config import VllmConfig
 from vllm.model_executor.models import gemma3
 
 from neuroscope_vllm.engine.vllm.models.decoder import (
     DYNAMIC_DIMS,
     ObservedDecoder,
     ObservedForCausalLM,
-    building_with,
 )
 
 
@@ -24,6 +22,4 @@ class ObservedGemma3Model(ObservedDecoder, gemma3.Gemma3Model):  # pyright: igno
 
 
 class ObservedGemma3ForCausalLM(ObservedForCausalLM, gemma3.Gemma3ForCausalLM):
-    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
-        with building_with(gemma3, "Gemma3Model", ObservedGemma3Model):
-            super().__init__(vllm_config=vllm_config, prefix=prefix)
+    observed = (gemma3, "Gemma3Model", ObservedGemma3Model)

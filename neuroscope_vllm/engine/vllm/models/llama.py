@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from vllm.compilation.decorators import support_torch_compile
-from vllm.config import VllmConfig
 from vllm.model_executor.models import llama
 
 from neuroscope_vllm.engine.vllm.models.decoder import (
     DYNAMIC_DIMS,
     ObservedDecoder,
     ObservedForCausalLM,
-    building_with,
 )
 
 
@@ -20,6 +18,4 @@ class ObservedLlamaModel(ObservedDecoder, llama.LlamaModel):  # pyright: ignore[
 
 
 class ObservedLlamaForCausalLM(ObservedForCausalLM, llama.LlamaForCausalLM):
-    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
-        with building_with(llama, "LlamaModel", ObservedLlamaModel):
-            super().__init__(vllm_config=vllm_config, prefix=prefix)
+    observed = (llama, "LlamaModel", ObservedLlamaModel)
