@@ -21,7 +21,7 @@ from tests.support import models
 hypothesis.settings.register_profile("neuroscope", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("neuroscope")
 
-SLOW_FIRST = ("vllm", "hf", "cli", "engine", "client", "server", "core")
+SLOW_FIRST = ("vllm", "hf", "cli", "engine", "client", "server", "deploy", "core")
 OF_ONE_SERVER = {"tests/vllm/shapes", "tests/hf/serve"}
 
 
@@ -35,7 +35,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if "PYTEST_XDIST_WORKER" in os.environ:
-        items.sort(key=lambda item: SLOW_FIRST.index(item.nodeid.split("/")[1]))
+        items.sort(key=_place)
+
+
+def _place(item: pytest.Item) -> int:
+    folder = item.nodeid.split("/")[1]
+    return SLOW_FIRST.index(folder) if folder in SLOW_FIRST else len(SLOW_FIRST)
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
