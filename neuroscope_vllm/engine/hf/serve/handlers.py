@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 from contextvars import ContextVar
 from typing import Any
 
@@ -20,8 +21,10 @@ names_itself: ContextVar[bool] = ContextVar("names_itself", default=False)
 
 
 def named(ask: Ask, request_id: str) -> str:
-    """The header's name, then the body's, then the one that transformers made."""
-    return ask.request_id if ask.request_id and not names_itself.get() else request_id
+    """The header's name, then the body's, then one as vLLM makes it."""
+    if names_itself.get():
+        return request_id
+    return ask.request_id or secrets.token_hex(8)
 
 
 class ChatHandler(ChatCompletionHandler):
