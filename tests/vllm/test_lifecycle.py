@@ -211,9 +211,7 @@ def test_ctrl_c_drains_and_exits_130(served: Served) -> None:
     assert runtime_directory.is_dir()
     with (
         ThreadPoolExecutor(1) as pool,
-        httpx.stream(
-            "GET", f"{served.features}/v1/features/stream", headers=served.readers, timeout=60
-        ) as stream,
+        httpx.stream("GET", f"{served.features}/v1/features/stream", timeout=60) as stream,
     ):
         running = pool.submit(chat, served, "drained", None, 400)
         events = sse_events(stream)
