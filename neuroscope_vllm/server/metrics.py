@@ -33,11 +33,6 @@ def registry_of(hub: Hub) -> CollectorRegistry:
     return registry
 
 
-def counters_of(hub: Hub) -> dict[str, int]:
-    """The hub's own counters by the names that /v1/features/describe shows."""
-    return {**hub.counters, **hub.join.counters}
-
-
 class HubCollector(Collector):
     """Reads a hub; to be called on its event loop."""
 
@@ -48,7 +43,7 @@ class HubCollector(Collector):
         return []  # else registering would collect
 
     def collect(self) -> Iterator[Metric]:
-        counters = Counter(counters_of(self._hub))
+        counters = self._hub.counters
         yield InfoMetricFamily(
             "neuroscope_build",
             "The side process: version of the package and of the wire, and the model served.",
