@@ -276,6 +276,8 @@ def test_refusals_are_counted_and_a_good_key_still_works(keyed: Side, engine_of_
     for kind in ("without_key", "keys", "rights"):
         name = f"refused_{kind}"
         assert after[name] == before.get(name, 0) + 1, name
+        told = f'neuroscope_http_refused_total{{reason="{kind}"}} {after[name]}.0'
+        assert told in keyed.get("/metrics", headers=bearer(ADMIN)).text
     assert keyed.get("/health").status_code == 200
 
 
