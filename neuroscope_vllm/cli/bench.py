@@ -10,10 +10,11 @@ from typing import Any
 
 import click
 
-from neuroscope_vllm.cli.bench_report import Sizes, deliver, machine, report_flags, together
+from neuroscope_vllm.cli.bench_report import Sizes, deliver, report_flags, together
 from neuroscope_vllm.cli.corpus_options import corpus_flags, take_corpus
 from neuroscope_vllm.cli.engines import DEMO, chosen, sae_flags
 from neuroscope_vllm.cli.failures import in_a_sentence
+from neuroscope_vllm.cli.machine import machine
 from neuroscope_vllm.cli.options import neuroscope_flags
 from neuroscope_vllm.cli.ranking_quality import command as ranking
 from neuroscope_vllm.cli.shapes import GEMMA_2_2B

@@ -26,7 +26,8 @@ import numpy as np
 from rich.table import Table
 
 from neuroscope_vllm.cli import hub_feed, hub_readers
-from neuroscope_vllm.cli.bench_report import Report, cores
+from neuroscope_vllm.cli.bench_report import Report
+from neuroscope_vllm.cli.machine import cores
 from neuroscope_vllm.cli.shapes import small_tokenizer
 from neuroscope_vllm.cli.supervise import console, end_what_we_start
 from neuroscope_vllm.core import launch
