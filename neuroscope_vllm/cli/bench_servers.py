@@ -18,10 +18,10 @@ import click
 import httpx
 import msgspec
 
+from neuroscope_vllm.cli.bench_shapes import SHAPE_FLAGS, write_shape
 from neuroscope_vllm.cli.demo import SERVER_FLAGS, demo_model, demo_sae
 from neuroscope_vllm.cli.machine import gpus
 from neuroscope_vllm.cli.options import settings_from
-from neuroscope_vllm.cli.shapes import SHAPE_FLAGS, write_shape
 from neuroscope_vllm.cli.supervise import (
     console,
     end_what_we_start,
