@@ -26,7 +26,7 @@ from tests.server.access import (
     table,
 )
 from tests.server.side import Side, http, start_side, wait_until
-from tests.server.test_proxy import Upstream
+from tests.server.upstream import Upstream
 
 COLUMNS, ROWS = table()
 CELLS = [(row, column) for row in ROWS for column in COLUMNS]
@@ -39,14 +39,6 @@ ALIASES = (
     "chatcmpl-guarded-00000001",
     "chatcmpl-guarded-00000002",
 )
-
-
-@pytest.fixture(scope="module")
-def upstream() -> Iterator[Upstream]:
-    upstream = Upstream()
-    yield upstream
-    upstream.server.shutdown()
-    upstream.server.server_close()
 
 
 def run_both(engine: FakeEngine, side: Side, headers: Headers) -> None:
