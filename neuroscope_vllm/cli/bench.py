@@ -17,7 +17,7 @@ from neuroscope_vllm.cli.corpus_options import corpus_flags, take_corpus
 from neuroscope_vllm.cli.engines import DEMO, chosen, sae_flags
 from neuroscope_vllm.cli.failures import in_a_sentence
 from neuroscope_vllm.cli.machine import machine
-from neuroscope_vllm.cli.options import neuroscope_flags
+from neuroscope_vllm.cli.options import api_key_option, neuroscope_flags
 
 ROUNDS = "Repetitions per batch size."
 
@@ -119,7 +119,7 @@ def overhead(
 @neuroscope_flags
 @click.option("--url", help="Chat API of a running server (default: serve the demo).")
 @click.option("--features-url", help="Its feature stream.")
-@click.option("--api-key", envvar="VLLM_API_KEY", help="Its key.", show_envvar=True)
+@api_key_option
 @_batches(1, 16)
 @click.option("--tokens", default=64, show_default=True, help="Tokens generated per chat.")
 @click.option("--rounds", default=10, show_default=True, type=click.IntRange(1), help=ROUNDS)
@@ -152,6 +152,7 @@ def latency(
     with contextlib.ExitStack() as running:
         if url is None or features_url is None:
             url, features_url = running.enter_context(serving(flags, vllm_flags))
+            api_key = None
         url, features_url = url.rstrip("/"), features_url.rstrip("/")
         report = measure(url, features_url, batches, tokens, rounds, api_key)
     deliver(report | {"machine": machine()}, as_json, plot, table, draw)
