@@ -20,7 +20,7 @@ ADDRESS_VARIABLE = "RAY_ADDRESS"
 _SENT = ("NEUROSCOPE_", "HF_", "HUGGING_FACE_", "TRANSFORMERS_", "VLLM_")
 _OF_ONE_HOST = {"VLLM_HOST_IP", "VLLM_HOST_PORT", "VLLM_CPU_OMP_THREADS_BIND"}
 _KEYS = {API_KEY_VARIABLE, *SECRET_VARIABLES}
-"""Ray shows what it is sent, and no worker of a corpus pass needs them."""
+"""No worker of a corpus pass needs them."""
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
