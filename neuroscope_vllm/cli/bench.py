@@ -10,13 +10,14 @@ from typing import Any
 
 import click
 
-from neuroscope_vllm.cli.bench_report import Sizes, deliver, machine, report_flags, together
+from neuroscope_vllm.cli.bench_ranking import command as ranking
+from neuroscope_vllm.cli.bench_report import Sizes, deliver, report_flags, together
+from neuroscope_vllm.cli.bench_shapes import GEMMA_2_2B
 from neuroscope_vllm.cli.corpus_options import corpus_flags, take_corpus
 from neuroscope_vllm.cli.engines import DEMO, chosen, sae_flags
 from neuroscope_vllm.cli.failures import in_a_sentence
-from neuroscope_vllm.cli.options import neuroscope_flags
-from neuroscope_vllm.cli.ranking_quality import command as ranking
-from neuroscope_vllm.cli.shapes import GEMMA_2_2B
+from neuroscope_vllm.cli.machine import machine
+from neuroscope_vllm.cli.options import api_key_option, neuroscope_flags
 
 ROUNDS = "Repetitions per batch size."
 
@@ -58,7 +59,11 @@ def _batches(*default: int) -> Callable[..., Any]:
     )
 
 
-@command.command("overhead", epilog="Everything after -- goes to each `vllm serve`.")
+@command.command(
+    "overhead",
+    short_help="What the plugin costs in throughput and latency.",
+    epilog="Everything after -- goes to each `vllm serve`.",
+)
 @neuroscope_flags
 @click.option("--model", help="Model to serve (default: the demo model and its SAE).")
 @click.option(
@@ -98,19 +103,23 @@ def overhead(
     every request. Each round loads one after the other, in alternating order; the figures are
     medians of the rounds' ratios. On a GPU they share its memory evenly.
     """
+    from neuroscope_vllm.cli.bench_overhead import compare, draw, table
     from neuroscope_vllm.cli.bench_servers import served
-    from neuroscope_vllm.cli.overhead import compare, draw, table
 
     with served(model, shape, flags, vllm_flags) as (name, settings, words):
         report = compare(name, settings, batches, tokens, rounds, words, steered, idle)
     deliver(report | {"shape": shape}, as_json, plot, table, draw)
 
 
-@command.command("latency", epilog="Everything after -- goes to `vllm serve`.")
+@command.command(
+    "latency",
+    short_help="From a chat's chunk to its feature event.",
+    epilog="Everything after -- goes to `vllm serve`.",
+)
 @neuroscope_flags
 @click.option("--url", help="Chat API of a running server (default: serve the demo).")
 @click.option("--features-url", help="Its feature stream.")
-@click.option("--api-key", envvar="VLLM_API_KEY", help="Its key.", show_envvar=True)
+@api_key_option
 @_batches(1, 16)
 @click.option("--tokens", default=64, show_default=True, help="Tokens generated per chat.")
 @click.option("--rounds", default=10, show_default=True, type=click.IntRange(1), help=ROUNDS)
@@ -133,8 +142,8 @@ def latency(
     Chats and feature streams are read in one process by one clock, which stamps each piece as it
     leaves its socket.
     """
+    from neuroscope_vllm.cli.bench_latency import draw, measure, table
     from neuroscope_vllm.cli.bench_servers import serving
-    from neuroscope_vllm.cli.latency import draw, measure, table
 
     if (url is None) != (features_url is None):
         raise click.UsageError("give --url and --features-url together, or neither.")
@@ -143,17 +152,34 @@ def latency(
     with contextlib.ExitStack() as running:
         if url is None or features_url is None:
             url, features_url = running.enter_context(serving(flags, vllm_flags))
+            api_key = None
         url, features_url = url.rstrip("/"), features_url.rstrip("/")
         report = measure(url, features_url, batches, tokens, rounds, api_key)
     deliver(report | {"machine": machine()}, as_json, plot, table, draw)
 
 
-@command.command("hub")
+@command.command("hub", short_help="One side process under load.")
 @click.option(
-    "--events-per-second", default=10_000, show_default=True, type=click.FloatRange(min=1)
+    "--events-per-second",
+    default=10_000,
+    show_default=True,
+    type=click.FloatRange(min=1),
+    help="Token events that the engine makes.",
 )
-@click.option("--readers", default=1000, show_default=True, type=click.IntRange(1))
-@click.option("--seconds", default=600, show_default=True, type=click.FloatRange(1, 18_000))
+@click.option(
+    "--readers",
+    default=1000,
+    show_default=True,
+    type=click.IntRange(1),
+    help="SSE connections, and requests at once.",
+)
+@click.option(
+    "--seconds",
+    default=600,
+    show_default=True,
+    type=click.FloatRange(1, 18_000),
+    help="How long the load lasts.",
+)
 @click.option(
     "--follow",
     type=click.Choice(["own", "all"]),
@@ -162,7 +188,11 @@ def latency(
     help="What a reader reads: requests of its own, one after the other, or all there are.",
 )
 @click.option(
-    "--memory-mb", default=256, show_default=True, type=click.IntRange(1), help="The hub's ceiling."
+    "--memory-mb",
+    default=256,
+    show_default=True,
+    type=click.IntRange(1),
+    help="The hub's setting of that name.",
 )
 @click.option(
     "--against",
@@ -178,7 +208,7 @@ def hub(as_json: str | None, plot: Path | None, against: str | None, **load: Any
     events received and those that gaps told of. Each reader takes an open file at both ends
     (`ulimit -n`).
     """
-    from neuroscope_vllm.cli.hub_load import Load, balanced, draw, measure, table
+    from neuroscope_vllm.cli.bench_hub import Load, balanced, draw, measure, table
 
     report = measure(Load(**load), against) | {"machine": machine()}
     deliver(report, as_json, plot, table, draw)
@@ -186,7 +216,7 @@ def hub(as_json: str | None, plot: Path | None, against: str | None, **load: Any
         raise click.exceptions.Exit(1)
 
 
-@command.command("encode")
+@command.command("encode", short_help="The encoder, against what the device allows.")
 @click.option(
     "--width",
     "widths",
@@ -206,9 +236,19 @@ def hub(as_json: str | None, plot: Path | None, against: str | None, **load: Any
     show_default=True,
     help="Tokens of a step.",
 )
-@click.option("--d-model", default=2304, show_default=True, type=click.IntRange(min=1))
 @click.option(
-    "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True
+    "--d-model",
+    default=2304,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="Width of the residual.",
+)
+@click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    default="auto",
+    show_default=True,
+    help="Where it is measured.",
 )
 @report_flags
 def encode(
@@ -223,13 +263,13 @@ def encode(
 
     Both limits are measured in the same run, by a large copy and a large matmul.
     """
-    from neuroscope_vllm.cli.encode_floor import draw, measure, table
+    from neuroscope_vllm.cli.bench_encode import draw, measure, table
 
     report = measure(widths, rows, d_model, device) | {"machine": machine()}
     deliver(report, as_json, plot, table, draw)
 
 
-@command.command("memory")
+@command.command("memory", short_help="Time and memory that encoding takes.")
 @click.option("--width", default=16384, show_default=True, type=click.IntRange(min=8))
 @click.option("--rows", default=8192, show_default=True, type=click.IntRange(min=1))
 @click.option("--d-model", default=2304, show_default=True, type=click.IntRange(min=1))
@@ -240,7 +280,7 @@ def memory(width: int, rows: int, d_model: int, as_json: bool) -> None:
     Memory is the peak beyond the SAE's own weights and the rows. What the encoder of a server adds
     to it includes its second copy of the encoder's weights, for the selection.
     """
-    from neuroscope_vllm.cli.encode_cost import measure, table
+    from neuroscope_vllm.cli.bench_memory import measure, table
 
     report = measure(width, rows, d_model)
     if as_json:
@@ -269,7 +309,7 @@ def corpus(
     that is cut off at the same layer: on the same samples and cores, in turn. SAELens has to be
     installed, and to read the SAE.
     """
-    from neuroscope_vllm.cli.corpus_speed import compare, table
+    from neuroscope_vllm.cli.bench_corpus import compare, table
 
     with in_a_sentence():
         read = take_corpus(options)

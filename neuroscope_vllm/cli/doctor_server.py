@@ -9,14 +9,17 @@ import httpx
 
 from neuroscope_vllm.cli.doctor_check import Asked, Check, Section, cut
 from neuroscope_vllm.cli.doctor_hub import hub_check
-from neuroscope_vllm.cli.doctor_versions import OURS, gpus, installed
+from neuroscope_vllm.cli.doctor_versions import OURS, installed
+from neuroscope_vllm.cli.machine import gpus
 
 TIMEOUT_S = 5.0
 LOSSES = (
     *("messages_dropped", "messages_missed", "messages_unencodable", "messages_malformed"),
     *("messages_failed", "rows_dropped", "rows_failed", "rows_held_too_long"),
     *("rows_of_unknown_request", "requests_failed", "tokens_missed", "tokens_of_unknown_request"),
-    *("connections_refused", "record_requests_dropped", "record_requests_failed"),
+    *("connections_refused", "senders_refused", "requests_refused", "readers_refused"),
+    *("passed_refused", "ticks_failed", "record_requests_dropped", "record_requests_failed"),
+    *("otel_events_dropped", "otel_events_failed"),
 )
 """Counters of senders and of the hub that stay at zero while nothing is lost."""
 KEY_NEEDED = (401, 403)
@@ -239,8 +242,8 @@ def _losses(section: Section, described: dict[str, Any]) -> None:
             section.warn(
                 "losses",
                 seen,
-                "Readers were told by gap events; if it grows, see the logs, and whether the side"
-                " process has a core and memory_mb is enough.",
+                "Readers were told, by gaps or errors; if it grows, see the logs, whether the side"
+                " process has a core, and whether memory_mb and max_readers are enough.",
                 who,
             )
     if not any(lost.values()):

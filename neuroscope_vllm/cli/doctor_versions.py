@@ -18,6 +18,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 from neuroscope_vllm.cli.doctor_check import Check, Section
+from neuroscope_vllm.cli.machine import gpus
 
 OURS = "neuroscope-vllm"
 COMPANIONS = ("torchvision", "torchaudio", "torchcodec")
@@ -225,24 +226,9 @@ def _compiler(section: Section) -> None:
         section.ok("compiler", found)
 
 
-def gpus() -> list[str]:
-    """Name, driver and memory of each NVIDIA GPU, as its driver tells."""
-    command = shutil.which("nvidia-smi")
-    if command is None:
-        return []
-    query = ["--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(
-            [command, *query], capture_output=True, text=True, timeout=20, check=False
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return []
-    return done.stdout.strip().splitlines() if done.returncode == 0 else []
-
-
 def _accelerator(section: Section) -> None:
     version = installed("torch") or ""
-    found = gpus()
+    found = gpus("name,driver_version,memory.total")
     if found and "+cpu" in version:
         section.warn(
             "accelerator",

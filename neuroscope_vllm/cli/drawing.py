@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from neuroscope_vllm.cli.engines import writable
+from neuroscope_vllm.cli.saving import save
 
 FORMS = (".json", ".html", ".png", ".svg")
 
@@ -33,13 +34,5 @@ def drawable(path: Path) -> Path:
 
 
 def write(path: Path, content: Callable[[str], bytes]) -> None:
-    """`content` of the form, whole or not at all. Raises click.ClickException."""
-    from neuroscope_vllm.core.artefacts import write_whole
-
-    try:
-        write_whole(path, content(form_of(path)))
-    except OSError as error:
-        raise click.ClickException(
-            f"{path} can not be written ({error.strerror}); name another file with --output."
-        ) from None
-    click.echo(f"Wrote {path}", err=True)
+    """`content` of the form. Raises click.ClickException."""
+    save(path, content(form_of(path)), "--output")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import click
 
 from neuroscope_vllm.cli.options import api_key_option
+from neuroscope_vllm.cli.saving import save
 from neuroscope_vllm.core.errors import ConfigError, NeuroscopeError
 
 if TYPE_CHECKING:
@@ -71,11 +72,11 @@ def command(
     except NeuroscopeError as error:
         raise click.ClickException(str(error)) from None
     if jsonl is not None:
-        _write(jsonl, _lines(jsonl, found.traces))
+        _write(jsonl, _lines(jsonl, found.traces), "--jsonl")
     if html is not None:
         from neuroscope_vllm.core.recording.page import html_page
 
-        _write(html, html_page(*found).encode())
+        _write(html, html_page(*found).encode(), "--html")
     if parquet is not None:
         from neuroscope_vllm.core.recording.files import to_file
 
@@ -83,7 +84,7 @@ def command(
             content = to_file(found.about, found.traces)
         except NeuroscopeError as error:
             raise click.ClickException(str(error)) from None
-        _write(parquet, content)
+        _write(parquet, content, "--parquet")
 
 
 def _lines(path: Path, traces: list[RecordedTrace]) -> bytes:
@@ -102,19 +103,11 @@ def _check_writable(flag: str, path: Path | None) -> None:
         raise click.ClickException(f"{path} can not be a file; name another with --{flag}.")
 
 
-def _write(path: Path, content: bytes) -> None:
-    from neuroscope_vllm.core.recording.folder import write_private
-
+def _write(path: Path, content: bytes, flag: str) -> None:
     if str(path) == "-":
         click.echo(content, nl=False)
-        return
-    try:
-        write_private(path, content)
-    except OSError as error:
-        raise click.ClickException(
-            f"{path} can not be written ({error.strerror}); name another file."
-        ) from None
-    click.echo(f"Wrote {path}", err=True)
+    else:
+        save(path, content, flag, private=True)
 
 
 def _recorded(request_id: str, record: str) -> _Found:

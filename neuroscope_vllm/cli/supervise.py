@@ -25,7 +25,7 @@ from msgspec.json import encode
 from rich.console import Console
 
 from neuroscope_vllm.cli.options import check_device
-from neuroscope_vllm.core.access import admin_keys, vllm_keys
+from neuroscope_vllm.core.access import VLLM_KEY_VARIABLE, admin_keys, vllm_keys
 from neuroscope_vllm.core.config import (
     ADMIN_KEYS_VARIABLE,
     Settings,
@@ -96,7 +96,7 @@ def _transformers_command(
     """`flags`: those of `vllm serve` that it has too. A key goes to the environment."""
     given = _server_flags().parse_args(list(flags))
     if given.api_key is not None:
-        os.environ["VLLM_API_KEY"] = given.api_key
+        os.environ[VLLM_KEY_VARIABLE] = given.api_key
     spec = ServeSpec(
         model=model,
         settings=settings,
@@ -143,8 +143,8 @@ def run_server(words: list[str], settings: Settings, port: int, print_command: b
     """Run a server until it ends or Ctrl-C; exits with its code, or 130."""
     if print_command:
         click.echo(shlex.join(words))
-        if words[0] != "vllm" and os.environ.get("VLLM_API_KEY"):
-            console.print("neuroscope: with the key in its environment, as VLLM_API_KEY")
+        if words[0] != "vllm" and os.environ.get(VLLM_KEY_VARIABLE):
+            console.print(f"neuroscope: with the key in its environment, as {VLLM_KEY_VARIABLE}")
         return
     end_what_we_start()
     # A session of its own: Ctrl-C reaches us alone, and we decide how the child ends. Its settings

@@ -292,7 +292,8 @@ def weight(message: object) -> int:
         case StepFeatures():
             rows = len(message.positions)
             layers = sum(3 * len(one.index) + rows for one in message.layers)
-            return layers + 2 * rows + 200 * len(message.spans)
+            steered = sum(2 * len(one.before) for one in message.steered)
+            return layers + steered + 2 * rows + 200 * len(message.spans)
         case RequestStarted():
             return len(message.prompt_token_ids)
         case Resync():

@@ -11,13 +11,16 @@ from typing import Any
 
 import msgspec
 
+from neuroscope_vllm.core.access import SECRET_VARIABLES
+from neuroscope_vllm.core.config import API_KEY_VARIABLE
 from neuroscope_vllm.core.errors import ConfigError, EngineError
 from neuroscope_vllm.engine.spec import EngineSpec
 
 ADDRESS_VARIABLE = "RAY_ADDRESS"
 _SENT = ("NEUROSCOPE_", "HF_", "HUGGING_FACE_", "TRANSFORMERS_", "VLLM_")
-_NOT_SENT = {"VLLM_HOST_IP", "VLLM_HOST_PORT", "VLLM_CPU_OMP_THREADS_BIND"}
-"""Of one host."""
+_OF_ONE_HOST = {"VLLM_HOST_IP", "VLLM_HOST_PORT", "VLLM_CPU_OMP_THREADS_BIND"}
+_KEYS = {API_KEY_VARIABLE, *SECRET_VARIABLES}
+"""No worker of a corpus pass needs them."""
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
@@ -151,7 +154,8 @@ def sent_environment() -> dict[str, str]:
     return {
         name: value
         for name, value in os.environ.items()
-        if (name.startswith(_SENT) or name == "OMP_NUM_THREADS") and name not in _NOT_SENT
+        if (name.startswith(_SENT) or name == "OMP_NUM_THREADS")
+        and name not in _OF_ONE_HOST | _KEYS
     }
 
 

@@ -81,7 +81,7 @@ class Hub:
         self.ring = Log()
         self.prefixes = PrefixCache(parts.prefix)
         self.budget = Budget(parts.running)
-        self.join = Join(self.prefixes, self.budget)
+        self.join = Join(self.prefixes, self.budget, self.counters)
         self._stages = Stages()
         self._open: dict[str, _Open] = {}
         self._readers = Readers(
@@ -201,13 +201,8 @@ class Hub:
             self._refuse(narrator, trace, now)
             return
         self.budget.choices += size
-        items = self.join.start(
-            internal_id,
-            narrator.prompt_ids,
-            started.prefix_root,
-            started.edited_from,
-            started.edit_salt,
-        )
+        edited = started.edited_from, started.edit_salt
+        items = self.join.start(internal_id, narrator.prompt_ids, started.prefix_root, *edited)
         choice = self.join.get(internal_id)
         assert choice is not None
         self._open[internal_id] = _Open(narrator, choice, trace, size, now)

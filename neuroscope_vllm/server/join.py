@@ -141,14 +141,11 @@ class Choice:
         now: float,
         computed_tokens: int | None = None,
     ) -> list[Item]:
-        """More tokens stand, perhaps the last ones.
+        """More tokens stand, perhaps the last ones; of a choice that is not finished.
 
-        A finished choice ends at once, or when the rows on their way have arrived. Positions from
+        A finished one ends at once, or when the rows on their way have arrived. Positions from
         `computed_tokens` on never ran.
         """
-        if self.finished:
-            self._counters["tokens_after_end"] += len(token_ids)
-            return []
         self.ids.extend(token_ids)
         self._counters["tokens"] += len(token_ids)
         if finish_reason is not None:
@@ -274,8 +271,8 @@ class Join:
     `budget.choices` is for who starts and ends them to count.
     """
 
-    def __init__(self, prefixes: PrefixCache, budget: Budget) -> None:
-        self.counters: Counter[str] = Counter()
+    def __init__(self, prefixes: PrefixCache, budget: Budget, counters: Counter[str]) -> None:
+        self.counters = counters
         self._prefixes = prefixes
         self._choices: dict[str, Choice] = {}
         self._orphans: deque[Orphan] = deque()

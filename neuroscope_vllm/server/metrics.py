@@ -14,6 +14,7 @@ from prometheus_client.core import InfoMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from neuroscope_vllm.core.wire import WIRE_VERSION
+from neuroscope_vllm.server.guard import REFUSED
 from neuroscope_vllm.server.hub import Hub
 from neuroscope_vllm.server.metric_families import by_label, counter, gauge
 from neuroscope_vllm.server.sender_metrics import sender_metrics
@@ -33,11 +34,6 @@ def registry_of(hub: Hub) -> CollectorRegistry:
     return registry
 
 
-def counters_of(hub: Hub) -> dict[str, int]:
-    """The hub's own counters by the names that /v1/features/describe shows."""
-    return {**hub.counters, **hub.join.counters}
-
-
 class HubCollector(Collector):
     """Reads a hub; to be called on its event loop."""
 
@@ -48,7 +44,7 @@ class HubCollector(Collector):
         return []  # else registering would collect
 
     def collect(self) -> Iterator[Metric]:
-        counters = Counter(counters_of(self._hub))
+        counters = self._hub.counters
         yield InfoMetricFamily(
             "neuroscope_build",
             "The side process: version of the package and of the wire, and the model served.",
@@ -60,6 +56,7 @@ class HubCollector(Collector):
         )
         yield from sender_metrics(self._hub.senders, time.monotonic())
         yield from _arrivals(counters)
+        yield from _refusals(counters)
         yield from _requests(counters)
         yield from self._readers(counters)
         yield from self._memory()
@@ -106,19 +103,20 @@ class HubCollector(Collector):
         hub = self._hub
         yield gauge(
             "memory_bytes",
-            "What the hub keeps: events of all requests in order (ring), by request (traces), and"
-            " features of token prefixes (prefixes). Ring and traces share events, so the sum is"
-            " more than is used.",
+            "What the hub keeps: events of all requests in order (ring), by request (traces),"
+            " features of token prefixes (prefixes), and requests that run, with rows that wait"
+            " (running). Ring and traces share events, so the sum is more than is used.",
             [
                 (["ring"], hub.ring.bytes),
                 (["traces"], hub.traces.bytes),
                 (["prefixes"], hub.prefixes.bytes),
+                (["running"], hub.budget.choices + hub.budget.rows),
             ],
             ["store"],
         )
         yield gauge(
             "memory_limit_bytes",
-            "Ceiling of the three together (memory_mb).",
+            "Ceiling of all of it together (memory_mb).",
             [([], hub.settings.memory_mb * 2**20)],
         )
         yield gauge("requests_kept", "Choices kept for replay.", [([], len(hub.traces))])
@@ -165,6 +163,30 @@ def _arrivals(counters: Counter[str]) -> Iterator[Metric]:
         " announced (unknown_request), or waiting too long for their tokens (held_too_long).",
         by_label(counters, names),
         ["reason"],
+    )
+
+
+def _refusals(counters: Counter[str]) -> Iterator[Metric]:
+    limited = {"chats": "passed"} | {what: what for what in ("requests", "readers", "senders")}
+    yield counter(
+        "refused_at_limit",
+        "What there was no room for: requests to follow (they run all the same), readers, senders,"
+        " chats to pass through to vLLM.",
+        by_label(counters, {what: f"{name}_refused" for what, name in limited.items()}),
+        ["what"],
+    )
+    yield counter(
+        "http_refused",
+        "Requests to the features port that were refused: "
+        + ", ".join(f"{why} ({kind})" for kind, why in REFUSED.items())
+        + ".",
+        by_label(counters, {kind: f"refused_{kind}" for kind in REFUSED}),
+        ["reason"],
+    )
+    yield counter(
+        "hub_ticks_failed",
+        "Times that the hub could not do what was due; the side process's log says why.",
+        [([], counters["ticks_failed"])],
     )
 
 

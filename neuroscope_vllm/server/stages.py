@@ -18,6 +18,8 @@ WAITING_STEPS = 64
 """Of an engine."""
 WAITING_BYTES = 64 << 20
 """Of all engines."""
+OVERHEAD_BYTES = 2000
+"""What surrounds the arrays of a message."""
 
 
 @dataclass(slots=True)
@@ -48,7 +50,7 @@ class Stages:
             waiting[message.step] = partial = _Partial(now, message, 0)
         else:
             partial.message = _merged(partial.message, message)
-        self._bytes += (size := _size(message))
+        self._bytes += (size := wire.weight(message) + OVERHEAD_BYTES)
         partial.bytes += size
         if len(partial.message.layers) >= message.num_layers:
             ready = 1 + sorted(waiting).index(message.step)
@@ -75,13 +77,6 @@ class Stages:
         if not waiting:
             del self._waiting[engine]
         return [partial.message for partial in taken]
-
-
-def _size(message: wire.StepFeatures) -> int:
-    """Bytes of its arrays, and something for what surrounds them."""
-    layers = sum(len(one.index) + len(one.activation) + len(one.score) for one in message.layers)
-    steered = sum(len(one.before) + len(one.after) for one in message.steered)
-    return layers + steered + 2 * len(message.positions) + 200 * len(message.spans) + 2000
 
 
 def _merged(one: wire.StepFeatures, other: wire.StepFeatures) -> wire.StepFeatures:

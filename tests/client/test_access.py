@@ -18,7 +18,7 @@ from neuroscope_vllm.core.errors import ServerError
 from neuroscope_vllm.engine.fake import FakeEngine, Script
 from tests.server.access import ADMIN, OTHER, SECRET, USER
 from tests.server.side import Side, start_side
-from tests.server.test_proxy import Upstream
+from tests.server.upstream import Upstream
 
 
 @pytest.fixture(scope="module")

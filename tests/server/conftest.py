@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 from neuroscope_vllm.core import launch
 from neuroscope_vllm.engine.fake import FakeEngine
 from tests.server.side import Side, make_tokenizer, start_side
+from tests.server.upstream import Upstream
 
 
 @pytest.fixture(scope="session")
@@ -25,6 +26,14 @@ def tokenizer_file(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactor
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
     tokenizer.save(str(path))
     return path
+
+
+@pytest.fixture(scope="module")
+def upstream() -> Iterator[Upstream]:
+    upstream = Upstream()
+    yield upstream
+    upstream.server.shutdown()
+    upstream.server.server_close()
 
 
 @pytest.fixture

@@ -60,7 +60,16 @@ class Side:
         return self.get("/v1/features/describe").json()["counters"]
 
     def wait_armed(self) -> None:
+        """Until a worker is armed and, where no key keeps that secret, a scheduler is heard: it has
+        a connection of its own, before which what it sends is lost."""
         wait_until(lambda: self.get("/health").status_code == 200)
+        wait_until(self._hears_a_scheduler)
+
+    def _hears_a_scheduler(self) -> bool:
+        answer = self.get("/v1/features/describe")
+        return answer.status_code == 401 or any(
+            one["role"] == "scheduler" for one in answer.json()["senders"]
+        )
 
     def wait_done(self, request_id: str, choices: int = 1) -> list[dict[str, Any]]:
         """The trace's choices once that many are finished."""

@@ -26,7 +26,7 @@ from tests.server.access import (
     table,
 )
 from tests.server.side import Side, http, start_side, wait_until
-from tests.server.test_proxy import Upstream
+from tests.server.upstream import Upstream
 
 COLUMNS, ROWS = table()
 CELLS = [(row, column) for row in ROWS for column in COLUMNS]
@@ -39,14 +39,6 @@ ALIASES = (
     "chatcmpl-guarded-00000001",
     "chatcmpl-guarded-00000002",
 )
-
-
-@pytest.fixture(scope="module")
-def upstream() -> Iterator[Upstream]:
-    upstream = Upstream()
-    yield upstream
-    upstream.server.shutdown()
-    upstream.server.server_close()
 
 
 def run_both(engine: FakeEngine, side: Side, headers: Headers) -> None:
@@ -276,6 +268,8 @@ def test_refusals_are_counted_and_a_good_key_still_works(keyed: Side, engine_of_
     for kind in ("without_key", "keys", "rights"):
         name = f"refused_{kind}"
         assert after[name] == before.get(name, 0) + 1, name
+        told = f'neuroscope_http_refused_total{{reason="{kind}"}} {after[name]}.0'
+        assert told in keyed.get("/metrics", headers=bearer(ADMIN)).text
     assert keyed.get("/health").status_code == 200
 
 

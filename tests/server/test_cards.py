@@ -16,6 +16,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 from transformers import AutoTokenizer
 
+from neuroscope_vllm.cli.bench_shapes import write_random_sae
 from neuroscope_vllm.core import launch, wire
 from neuroscope_vllm.core.artefacts import DATA_VARIABLE, find_calibration, home
 from neuroscope_vllm.core.sae import read_sae_info
@@ -84,9 +85,7 @@ def side(known: Known, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sid
         for i in range(0, WIDTH, 2)
     ]
     labels.write_text("".join(json.dumps(label) + "\n" for label in given))
-    bare = models.write_gemma_scope_sae(
-        directory / "layer_5/width_16k/average_l0_71", d_model=64, width=64
-    )
+    bare = write_random_sae(directory / "layer_5/width_16k/average_l0_71", 64, 64)
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv(launch.RUNTIME_VARIABLE, "")
         side = start_side(directory, labels={LAYER: [str(labels)]}, model_source=str(known.model))

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import random
 import zlib
+from collections import Counter
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -36,7 +37,7 @@ def rows_of(step: Step, context: list[int]) -> Rows:
 
 
 def new_join() -> Join:
-    return Join(PrefixCache(1 << 20), Budget(1 << 30))
+    return Join(PrefixCache(1 << 20), Budget(1 << 30), Counter())
 
 
 def start(join: Join, name: str, prompt: list[int], cached: int = 0) -> list[Item]:
@@ -241,7 +242,7 @@ def test_requests_of_other_roots_share_nothing():
 
 def test_the_prefix_cache_is_bounded_and_forgets_what_was_not_asked_for():
     cache = PrefixCache(20_000)
-    join = Join(cache, Budget(1 << 30))
+    join = Join(cache, Budget(1 << 30), Counter())
     for number in range(40):
         prompt = [number, *range(BLOCK)]
         start(join, str(number), prompt)
@@ -284,7 +285,7 @@ def test_rows_of_a_request_that_never_starts_are_dropped_in_time():
 def test_orphans_and_held_rows_are_bounded():
     row = plain(0, [1]).bytes
     budget = Budget(10 * row)
-    join = Join(PrefixCache(1 << 20), budget)
+    join = Join(PrefixCache(1 << 20), budget, Counter())
     for n in range(12):
         join.add(f"ghost-{n}", plain(0, [1]), 0, 1, now=0)
     assert join.counters["rows_of_unknown_request"] == 12 - 5  # half of what may wait
@@ -300,7 +301,7 @@ def test_orphans_and_held_rows_are_bounded():
 def test_a_row_that_waits_keeps_no_others():
     """A step may have thousands, of which one waits."""
     budget = Budget(1 << 30)
-    join = Join(PrefixCache(1 << 20), budget)
+    join = Join(PrefixCache(1 << 20), budget, Counter())
     join.add("ghost", plain(0, [1] * 8192), 7, 8, now=0)
     assert budget.rows == plain(0, [1]).bytes
 

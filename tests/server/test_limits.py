@@ -83,6 +83,7 @@ def test_readers_past_the_limit_are_told_to_come_again(new_side: NewSide) -> Non
             assert error["type"] == "server_error"
             assert "max_readers" in error["message"]
         assert side.counters()["readers_refused"] == 2
+        assert 'neuroscope_refused_at_limit_total{what="readers"} 2.0' in side.get("/metrics").text
         assert limits(side)["readers"] == limits(side)["max_readers"] == 2
         assert side.get("/v1/requests").status_code == 200
     wait_until(lambda: limits(side)["readers"] == 0)

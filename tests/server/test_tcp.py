@@ -23,6 +23,7 @@ from neuroscope_vllm.core import wire
 from neuroscope_vllm.core.keys import create_keys, load_keys
 from neuroscope_vllm.engine.fake import FakeEngine, Script
 from tests.server.side import Side, wait_until
+from tests.support.served import free_port
 
 HOST = "127.0.0.2"
 
@@ -31,7 +32,7 @@ class Hub(Side):
     """`neuroscope hub` as a child process; `endpoint` is where and with what engines connect."""
 
     def __init__(self, folder: Path, address: str, keys: Path | None, log: Path) -> None:
-        self.port = free_port("127.0.0.1")
+        self.port = free_port()
         self.base = f"http://127.0.0.1:{self.port}"
         self.stream_url = f"{self.base}/v1/features/stream"
         self.endpoint = address if keys is None else f"{address}#{keys}"
@@ -59,12 +60,6 @@ class Hub(Side):
 
     def refused(self) -> int:
         return self.counters().get("connections_refused", 0)
-
-
-def free_port(host: str) -> int:
-    with socket.socket() as s:
-        s.bind((host, 0))
-        return s.getsockname()[1]
 
 
 @pytest.fixture
@@ -295,7 +290,7 @@ def test_a_taken_address_stops_a_second_hub(
     new_hub: Callable[..., Hub], key_file: Path, tmp_path: Path, scheme: str
 ) -> None:
     hub = new_hub(key_file) if scheme == "tcp" else new_hub(None, f"ipc://{tmp_path}/hub.sock")
-    port = free_port("127.0.0.1")
+    port = free_port()
     words = [*hub.words[:-1], str(port)]
     done = subprocess.run(words, capture_output=True, text=True, timeout=30, check=False)
     assert done.returncode == 1

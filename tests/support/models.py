@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
@@ -166,23 +165,6 @@ def write_saelens_sae(
         "metadata": {"hook_name": f"blocks.{layer}.hook_resid_post", "model_name": "tiny"},
     }
     (folder / "cfg.json").write_text(json.dumps(config))
-    return folder
-
-
-def write_gemma_scope_sae(folder: Path, *, d_model: int, width: int, seed: int = 0) -> Path:
-    """A random `params.npz` in Gemma Scope's layout; returns the folder that holds it."""
-    folder.mkdir(parents=True)
-    generator = np.random.default_rng(seed)
-    w_dec = generator.standard_normal((width, d_model), np.float32)
-    w_dec /= np.linalg.norm(w_dec, axis=1, keepdims=True)
-    np.savez(
-        folder / "params.npz",
-        W_enc=np.ascontiguousarray(w_dec.T),
-        W_dec=w_dec,
-        b_enc=np.zeros(width, np.float32),
-        b_dec=np.zeros(d_model, np.float32),
-        threshold=generator.random(width, np.float32) + 1.0,
-    )
     return folder
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import httpx
 import openai
 
-from neuroscope_vllm.cli.shapes import GEMMA_2_2B, SHAPE_FLAGS, write_shape
+from neuroscope_vllm.cli.bench_shapes import GEMMA_2_2B, SHAPE_FLAGS, write_shape
 from tests.support.served import start_neuroscope
 
 D_MODEL, WIDTH = 2304, 16384

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from neuroscope_vllm.cli.bench_shapes import write_random_sae
 from neuroscope_vllm.core.calibration import Calibration
 from tests.support import models
 from tests.support.served import SMALL, environment, start_vllm
@@ -88,7 +89,7 @@ def test_bad_yaml(refuse: Any, tmp_path: Path, text: str | None, match: str) -> 
 
 
 def test_nan_in_the_sae(refuse: Any, tmp_path: Path) -> None:
-    folder = models.write_gemma_scope_sae(tmp_path / "layer_20", d_model=64, width=256)
+    folder = write_random_sae(tmp_path / "layer_20", 64, 256)
     arrays = dict(np.load(folder / "params.npz"))
     arrays["W_enc"][3, 5] = np.nan
     np.savez(folder / "params.npz", **arrays)
@@ -96,7 +97,7 @@ def test_nan_in_the_sae(refuse: Any, tmp_path: Path) -> None:
 
 
 def test_pickle_in_the_sae(refuse: Any, tmp_path: Path) -> None:
-    folder = models.write_gemma_scope_sae(tmp_path / "layer_20", d_model=64, width=256)
+    folder = write_random_sae(tmp_path / "layer_20", 64, 256)
     arrays = dict(np.load(folder / "params.npz"))
     np.savez(folder / "params.npz", **{**arrays, "b_enc": np.array([{"a": 1}], dtype=object)})
     refuse({"sae": str(folder), "layer": 20}, "pickle")

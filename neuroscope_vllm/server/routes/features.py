@@ -19,7 +19,6 @@ from neuroscope_vllm.server.access import Access, Caller
 from neuroscope_vllm.server.cards import CardError, CardReader
 from neuroscope_vllm.server.errors import ApiError
 from neuroscope_vllm.server.hub import Hub
-from neuroscope_vllm.server.metrics import counters_of
 
 router = APIRouter(prefix="/v1/features", tags=["features"])
 
@@ -107,7 +106,7 @@ async def describe(request: Request) -> dict[str, Any]:
         "problems": hub.senders.problems(now),
         "warnings": sorted({text for sender in senders for text in sender["warnings"]}),
         "senders": senders,
-        "counters": counters_of(hub),
+        "counters": dict(hub.counters),
     }
 
 

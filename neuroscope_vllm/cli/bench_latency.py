@@ -23,7 +23,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from neuroscope_vllm.cli.bench_report import Report
-from neuroscope_vllm.cli.stamped import Refused, Stamped, ask
+from neuroscope_vllm.cli.bench_stamped import Refused, Stamped, ask
 from neuroscope_vllm.cli.supervise import console
 
 CHAT_TIMEOUT_S = 600

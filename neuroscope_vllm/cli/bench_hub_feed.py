@@ -23,7 +23,7 @@ import numpy as np
 import zmq
 from tokenizers import Tokenizer
 
-from neuroscope_vllm.cli.shapes import TEXT
+from neuroscope_vllm.cli.bench_shapes import TEXT
 from neuroscope_vllm.core import events, wire
 from neuroscope_vllm.engine.fake import FakeEngine, features_of, step_features
 

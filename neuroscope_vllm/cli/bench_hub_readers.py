@@ -19,7 +19,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from neuroscope_vllm.cli.hub_feed import TICK_S
+from neuroscope_vllm.cli.bench_hub_feed import TICK_S
 from neuroscope_vllm.core import events
 
 CONNECTING = 64

@@ -19,7 +19,6 @@ import msgspec
 from rich.progress import Progress
 from rich.table import Table
 
-from neuroscope_vllm.cli.bench_report import machine
 from neuroscope_vllm.cli.bench_servers import (
     describe,
     free_port,
@@ -28,6 +27,7 @@ from neuroscope_vllm.cli.bench_servers import (
     sharing_gpu,
     without_plugin,
 )
+from neuroscope_vllm.cli.machine import machine
 from neuroscope_vllm.cli.supervise import console, end_what_we_start, vllm_command
 from neuroscope_vllm.core.config import Settings, without_settings
 

@@ -65,7 +65,7 @@ one row a document, and no longer than --max-tokens.
 """
 
 
-@click.command("ranking", help=HELP)
+@click.command("ranking", short_help="Compare the rankings of a token's features.", help=HELP)
 @click.argument("model", required=False)
 @sae_flags
 @click.option("--corpus", "source", required=True, help="Text to read.", metavar="CORPUS")

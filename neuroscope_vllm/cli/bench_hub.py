@@ -25,9 +25,10 @@ import msgspec
 import numpy as np
 from rich.table import Table
 
-from neuroscope_vllm.cli import hub_feed, hub_readers
-from neuroscope_vllm.cli.bench_report import Report, cores
-from neuroscope_vllm.cli.shapes import small_tokenizer
+from neuroscope_vllm.cli import bench_hub_feed, bench_hub_readers
+from neuroscope_vllm.cli.bench_report import Report
+from neuroscope_vllm.cli.bench_shapes import small_tokenizer
+from neuroscope_vllm.cli.machine import cores
 from neuroscope_vllm.cli.supervise import console, end_what_we_start
 from neuroscope_vllm.core import launch
 from neuroscope_vllm.core.config import Settings
@@ -60,7 +61,7 @@ class Receiver:
     port: int
     endpoint: str
     kind: str
-    """As `hub_feed.Feed` says."""
+    """As `bench_hub_feed.Feed` says."""
 
     @property
     def base(self) -> str:
@@ -136,7 +137,7 @@ def _broadcaster(folder: Path) -> Iterator[Receiver]:
     listener = launch.listen("127.0.0.1", 0)
     port, endpoint = listener.getsockname()[1], f"ipc://{folder}/plain.sock"
     fd = listener.fileno()
-    module = "neuroscope_vllm.cli.hub_plain"
+    module = "neuroscope_vllm.cli.bench_hub_plain"
     with _process([sys.executable, "-m", module, str(fd), endpoint], pass_fds=(fd,)) as plain:
         deadline = time.monotonic() + START_TIMEOUT_S
         while not (folder / "plain.sock").exists():
@@ -166,14 +167,14 @@ def _run(receiver: Receiver, load: Load, tokenizer: Path) -> dict[str, Any]:
         crowds = []
         for i, file in enumerate(lags):
             first, end = (load.readers * at // len(lags) for at in (i, i + 1))
-            asked = hub_readers.Readers(
+            asked = bench_hub_readers.Readers(
                 receiver.port, first, end - first, load.follow, origin, str(file)
             )
-            crowds.append(running.enter_context(_process(hub_readers.words(asked), **pipes)))
+            crowds.append(running.enter_context(_process(bench_hub_readers.words(asked), **pipes)))
         with console.status(f"connecting {load.readers} readers"):
             for crowd in crowds:
                 _line(crowd)
-        feed = hub_feed.Feed(
+        feed = bench_hub_feed.Feed(
             kind=receiver.kind,
             endpoint=receiver.endpoint,
             base=receiver.base,
@@ -185,7 +186,9 @@ def _run(receiver: Receiver, load: Load, tokenizer: Path) -> dict[str, Any]:
         )
         with console.status(f"{receiver.kind}: {load.seconds:.0f} s of load"):
             meter = running.enter_context(_metering(receiver.pid))
-            engine = running.enter_context(_process(hub_feed.words(feed), stdout=subprocess.PIPE))
+            engine = running.enter_context(
+                _process(bench_hub_feed.words(feed), stdout=subprocess.PIPE)
+            )
             fed = _line(engine)
             samples = list(meter)
             expected = fed["events"]

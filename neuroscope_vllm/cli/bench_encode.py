@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.table import Table
 
+from neuroscope_vllm.cli.bench_memory import random_sae
 from neuroscope_vllm.cli.bench_report import Report
-from neuroscope_vllm.cli.encode_cost import random_sae
 from neuroscope_vllm.cli.supervise import console
 
 if TYPE_CHECKING:
