@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 
 from starlette.requests import HTTPConnection
+from starlette.types import Scope
 
 from neuroscope_vllm.core.access import SECRET_HEADER, KeyDigests, digest, is_among
 from neuroscope_vllm.server.errors import ApiError
@@ -102,7 +103,7 @@ class Access:
         shown = _digests(asked.headers.getlist(SECRET_HEADER))
         authorization = asked.headers.get("authorization")
         need = need_of(asked.scope["path"])
-        caller = _by_session(self.sessions.get(asked.cookies.get(cookie_name(asked))))
+        caller = _by_session(self.sessions.get(asked.cookies.get(cookie_name(asked.scope))))
         if not self.keys:  # on loopback only
             rights = replace(caller.rights, lists=True, names=True)
             caller = Caller(rights, caller.session, authorization or caller.authorization)
@@ -189,6 +190,6 @@ def _too_many_secrets() -> Refusal:
     return Refusal("secrets", 400, f"at most {MOST_SECRETS} stream secrets can be shown at a time.")
 
 
-def cookie_name(asked: HTTPConnection) -> str:
+def cookie_name(scope: Scope) -> str:
     """Browsers hand cookies to all ports of a host, and each may have a server of ours."""
-    return f"neuroscope-{(asked.scope.get('server') or ('', 0))[1]}"
+    return f"neuroscope-{(scope.get('server') or ('', 0))[1]}"
