@@ -116,7 +116,8 @@ class Access:
         return caller
 
     def sign_in(self, before: Session | None, key: str | None, secret: str | None) -> Session:
-        """A session that has what `before` had, and what these give. Raises Refusal."""
+        """A session that has what `before` had, and what these give; only a key makes it last
+        longer. Raises Refusal."""
         had = before or Session(Rights())
         rights, vllm_key = had.rights, had.vllm_key
         if key is not None:
@@ -131,7 +132,7 @@ class Access:
             raise no_key("no request that is kept here has this stream secret")
         if len(rights.shown) > MOST_SECRETS:
             raise _too_many_secrets()
-        return Session(rights, vllm_key)
+        return Session(rights, vllm_key) if key else Session(rights, vllm_key, had.ends_at)
 
     def _by_key(self, authorization: str) -> Caller:
         scheme, _, key = authorization.partition(" ")

@@ -29,6 +29,7 @@ MAX_PARAMETERS = 64
 MAX_COOKIE = 128
 LOG_INTERVAL_S = 10.0
 OWN_HOSTS = ("127.0.0.1", "localhost", "::1", "[::1]")
+SESSION = "/v1/session"
 SAFE = ("GET", "HEAD", "OPTIONS")
 HEADERS = {
     "x-content-type-options": "nosniff",
@@ -132,12 +133,13 @@ class Guard:
         await self._app(scope, receive, send)
 
     def _check_origin(self, asked: HTTPConnection, caller: Caller) -> None:
-        """What changes something must not be asked by a page elsewhere; and a cookie must come from
-        a browser that tells which page asks."""
+        """What changes something must not be asked by a page elsewhere, but with a key by those that
+        are allowed; and a cookie must come from a browser that tells which page asks."""
         if asked.scope["method"] in SAFE:
             return
         origin, site = asked.headers.get("origin"), asked.headers.get("sec-fetch-site")
-        if origin is not None and origin in self._allowed_origins:
+        by_cookie = caller.session is not None or asked.scope["path"] == SESSION
+        if origin is not None and origin in self._allowed_origins and not by_cookie:
             return
         if site is not None:
             ours = site in ("same-origin", "none")
@@ -146,7 +148,10 @@ class Guard:
         else:
             ours = caller.session is None
         if not ours:
-            message = "a page of another origin asks for this; name it in allowed_origins."
+            message = (
+                "a page of another origin asks for this; name it in allowed_origins, and have it"
+                " send a key and no cookie."
+            )
             raise Refusal("origins", 403, message)
 
 
