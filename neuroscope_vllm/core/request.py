@@ -41,9 +41,15 @@ class RequestOptions(SteeringSpec, frozen=True, forbid_unknown_fields=True, kw_o
 
 def request_options(extra_args: dict[str, Any] | None) -> RequestOptions:
     """Raises ValueError, one sentence that names the field, on anything but known options."""
-    for name in extra_args or {}:
-        if name == KEY or name.startswith(f"{KEY}_"):  # the engine's own notes
+    for name, value in (extra_args or {}).items():
+        if name == KEY:
             continue
+        if name.startswith(f"{KEY}_"):
+            if isinstance(value, dict):  # the engine's own notes
+                continue
+            raise ValueError(
+                f"vllm_xargs.{name} is reserved; leave it out, or give {KEY} {_EXAMPLE}."
+            )
         if name in _INSIDE or difflib.get_close_matches(name, [KEY], 1, 0.85):
             raise ValueError(
                 f"vllm_xargs.{name} is nothing we know; did you mean {KEY}? Give it {_EXAMPLE}."

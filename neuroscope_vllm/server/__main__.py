@@ -60,7 +60,7 @@ async def serve(
         http=impatient(app.state.refusals),
         ws="none",
         access_log=False,
-        log_level="warning",
+        log_level="error",  # it warns of whatever is no HTTP, line by line; `refusals` counts that
         timeout_graceful_shutdown=GRACEFUL_S,
         server_header=False,
     )

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 
 from starlette.requests import HTTPConnection
+from starlette.types import Scope
 
 from neuroscope_vllm.core.access import SECRET_HEADER, KeyDigests, digest, is_among
 from neuroscope_vllm.server.errors import ApiError
@@ -102,7 +103,7 @@ class Access:
         shown = _digests(asked.headers.getlist(SECRET_HEADER))
         authorization = asked.headers.get("authorization")
         need = need_of(asked.scope["path"])
-        caller = _by_session(self.sessions.get(asked.cookies.get(cookie_name(asked))))
+        caller = _by_session(self.sessions.get(asked.cookies.get(cookie_name(asked.scope))))
         if not self.keys:  # on loopback only
             rights = replace(caller.rights, lists=True, names=True)
             caller = Caller(rights, caller.session, authorization or caller.authorization)
@@ -115,7 +116,8 @@ class Access:
         return caller
 
     def sign_in(self, before: Session | None, key: str | None, secret: str | None) -> Session:
-        """A session that has what `before` had, and what these give. Raises Refusal."""
+        """A session that has what `before` had, and what these give; only a key makes it last
+        longer. Raises Refusal."""
         had = before or Session(Rights())
         rights, vllm_key = had.rights, had.vllm_key
         if key is not None:
@@ -130,7 +132,7 @@ class Access:
             raise no_key("no request that is kept here has this stream secret")
         if len(rights.shown) > MOST_SECRETS:
             raise _too_many_secrets()
-        return Session(rights, vllm_key)
+        return Session(rights, vllm_key) if key else Session(rights, vllm_key, had.ends_at)
 
     def _by_key(self, authorization: str) -> Caller:
         scheme, _, key = authorization.partition(" ")
@@ -189,6 +191,6 @@ def _too_many_secrets() -> Refusal:
     return Refusal("secrets", 400, f"at most {MOST_SECRETS} stream secrets can be shown at a time.")
 
 
-def cookie_name(asked: HTTPConnection) -> str:
+def cookie_name(scope: Scope) -> str:
     """Browsers hand cookies to all ports of a host, and each may have a server of ours."""
-    return f"neuroscope-{(asked.scope.get('server') or ('', 0))[1]}"
+    return f"neuroscope-{(scope.get('server') or ('', 0))[1]}"

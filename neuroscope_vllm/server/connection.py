@@ -27,6 +27,7 @@ if TYPE_CHECKING:  # either of uvicorn's two; what is used here both have
         cycle: Any
 
         def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+        def send_400_response(self, msg: str) -> None: ...
 else:
     _Base = AutoHTTPProtocol
 
@@ -61,6 +62,10 @@ def impatient(refusals: Refusals) -> type[asyncio.Protocol]:
             elif not self._awaits_head and not self.cycle.more_body:
                 self._rest()
 
+        def send_400_response(self, msg: str) -> None:
+            self._count("malformed")
+            super().send_400_response(msg)
+
         @property
         def _awaits_head(self) -> bool:
             """A request that was answered before its end may still send its body."""
@@ -86,9 +91,12 @@ def impatient(refusals: Refusals) -> type[asyncio.Protocol]:
 
         def _refuse(self, kind: str) -> None:
             self._rest()
+            self._count(kind)
+            self.transport.close()
+
+        def _count(self, kind: str) -> None:
             peer = self.transport.get_extra_info("peername") or ("?",)
             refusals.add(kind, str(peer[0]))
-            self.transport.close()
 
     return Impatient
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import ipaddress
 import logging
 import time
 from collections import Counter
-from urllib.parse import urlsplit
 
 from fastapi import FastAPI
 from starlette.datastructures import MutableHeaders
@@ -16,7 +16,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from neuroscope_vllm.core.access import SECRET_HEADER
-from neuroscope_vllm.server.access import Access, Caller, Need, Refusal, need_of
+from neuroscope_vllm.server.access import Access, Caller, Need, Refusal, cookie_name, need_of
 from neuroscope_vllm.server.errors import answer
 
 logger = logging.getLogger(__name__)
@@ -24,8 +24,12 @@ logger = logging.getLogger(__name__)
 MAX_HEAD = 1 << 16
 MAX_BODY = 1 << 16
 MAX_CHAT = 10 << 20
+MAX_PARAMETERS = 64
+"""FastAPI's time for a query grows with the square of them."""
+MAX_COOKIE = 128
 LOG_INTERVAL_S = 10.0
 OWN_HOSTS = ("127.0.0.1", "localhost", "::1", "[::1]")
+SESSION = "/v1/session"
 SAFE = ("GET", "HEAD", "OPTIONS")
 HEADERS = {
     "x-content-type-options": "nosniff",
@@ -48,6 +52,7 @@ REFUSED = {
     "secrets": "for too many secrets",
     "bodies": "for a body too large",
     "heads": "for headers too large",
+    "malformed": "for what is no HTTP",
     "slow": "for taking too long",
 }
 """What is refused, by kind, in the log's words."""
@@ -113,6 +118,7 @@ class Guard:
             await send({"type": "websocket.close", "code": 1008})
             return
         if scope["type"] == "http":
+            scope = {**scope, "headers": _with_own_cookie(scope)}
             asked = HTTPConnection(scope)
             limit = MAX_CHAT if need_of(scope["path"]) is Need.CHAT else MAX_BODY
             try:
@@ -128,21 +134,25 @@ class Guard:
         await self._app(scope, receive, send)
 
     def _check_origin(self, asked: HTTPConnection, caller: Caller) -> None:
-        """What changes something must not be asked by a page elsewhere; and a cookie must come from
-        a browser that tells which page asks."""
+        """What changes something must not be asked by a page elsewhere, but with a key by those that
+        are allowed; and a cookie must come from a browser that tells which page asks."""
         if asked.scope["method"] in SAFE:
             return
         origin, site = asked.headers.get("origin"), asked.headers.get("sec-fetch-site")
-        if origin is not None and origin in self._allowed_origins:
+        by_cookie = caller.session is not None or asked.scope["path"] == SESSION
+        if origin is not None and origin in self._allowed_origins and not by_cookie:
             return
         if site is not None:
             ours = site in ("same-origin", "none")
         elif origin is not None:
-            ours = urlsplit(origin).netloc == asked.headers.get("host")
+            ours = origin.partition("://")[2] == asked.headers.get("host")
         else:
             ours = caller.session is None
         if not ours:
-            message = "a page of another origin asks for this; name it in allowed_origins."
+            message = (
+                "a page of another origin asks for this; name it in allowed_origins, and have it"
+                " send a key and no cookie."
+            )
             raise Refusal("origins", 403, message)
 
 
@@ -161,14 +171,32 @@ def _bounded(receive: Receive, limit: int) -> Receive:
     return read
 
 
+def _with_own_cookie(scope: Scope) -> list[tuple[bytes, bytes]]:
+    """The headers, but of cookies ours alone: those of other ports come along, FastAPI reads all
+    for every route, and Python before 3.11.10 takes seconds for one of many backslashes."""
+    ours = b"%b=" % cookie_name(scope).encode()
+    given = (value for name, value in scope["headers"] if name == b"cookie")
+    cookies = (one.strip() for value in given for one in value.split(b";"))
+    kept = [one for one in cookies if one.startswith(ours) and len(one) <= MAX_COOKIE]
+    headers = [(name, value) for name, value in scope["headers"] if name != b"cookie"]
+    return [*headers, (b"cookie", kept[-1])] if kept else headers
+
+
 def _peer(scope: Scope) -> str:
-    return (scope.get("client") or ("?",))[0]
+    """An address, and no text: who asks from this machine may claim any in X-Forwarded-For."""
+    host = (scope.get("client") or ("",))[0].partition("%")[0]
+    try:
+        return str(ipaddress.ip_address(host))
+    except ValueError:
+        return "?"
 
 
 def _check_size(scope: Scope, length: str | None, limit: int) -> None:
     head = sum(len(name) + len(value) for name, value in scope["headers"])
     if head + len(scope.get("raw_path") or b"") + len(scope["query_string"]) > MAX_HEAD:
         raise Refusal("heads", 431, f"path and headers have more than {MAX_HEAD} bytes.")
+    if scope["query_string"].count(b"&") >= MAX_PARAMETERS:
+        raise Refusal("heads", 431, f"the query has more than {MAX_PARAMETERS} parameters.")
     if length is not None and length.isdecimal() and int(length) > limit:
         raise _too_large(limit)
 

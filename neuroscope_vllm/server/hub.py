@@ -41,7 +41,6 @@ OPEN_BYTES, OPEN_COPIES = 6_000, 4
 GONE = "The engine went away while it ran this request."
 MAX_ID = 4096
 """Characters of a request's ids. vLLM takes X-Request-Id of any length, and every event says it."""
-
 PAUSED_S = 2.0
 """If so long passed between ticks, this process stood still, and has not read what was sent."""
 
@@ -247,9 +246,8 @@ class Hub:
             self.counters["tokens_missed"] += sampled.at - heard
             return  # out of place until a resync brings those before
         if sampled.at is not None and sampled.at < heard:
-            sampled = msgspec.structs.replace(
-                sampled, token_ids=sampled.token_ids[heard - sampled.at :]
-            )
+            new = sampled.token_ids[heard - sampled.at :]
+            sampled = msgspec.structs.replace(sampled, token_ids=new)
         try:
             released = opened.narrator.hear(sampled)
             items = self.join.extend(
@@ -379,11 +377,9 @@ class Hub:
             self.counters["requests_done"] += 1
 
     def _publish(self, trace: Trace, named: Iterable[Named]) -> None:
-        ring, encode = self.ring, events.encoder.encode
-        prefix = self.epoch.encode()
+        encode = events.encoder.encode
         for name, layer, struct in named:
-            seq = ring.end
-            id_ = b"%b-%d" % (prefix, seq)
+            id_ = self.event_id(seq := self.ring.end)
             self._keep(trace, Event.make(seq, name, layer, id_, encode(struct), trace))
         self._readers.touch(trace)
 

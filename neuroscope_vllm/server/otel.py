@@ -221,7 +221,8 @@ def _ended(told: _Told, request: events.RequestEvent | None, model: str) -> dict
         "neuroscope.positions_dropped": done.dropped,
         "neuroscope.steered": None if request is None else request.steering is not None,
         "neuroscope.retold": None if request is None else request.retold,
-        "neuroscope.top_features": list(_top_features(told.kept)),
+        # Who reads a collector's logs has not shown its secret.
+        "neuroscope.top_features": None if told.event.is_secret else list(_top_features(told.kept)),
     }
 
 

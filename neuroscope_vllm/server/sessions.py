@@ -25,7 +25,7 @@ class Session:
 
 
 class Sessions:
-    """By digests of their ids; the oldest give way when there are too many."""
+    """By digests of their ids; those that began first give way when there are too many."""
 
     def __init__(self) -> None:
         self._by_digest: OrderedDict[bytes, Session] = OrderedDict()
@@ -33,7 +33,7 @@ class Sessions:
     def begin(self, session: Session) -> str:
         """Its id, which is not kept."""
         now = time.monotonic()
-        while self._by_digest:  # they end in the order they began
+        while self._by_digest:
             oldest = next(iter(self._by_digest.values()))
             if oldest.ends_at > now and len(self._by_digest) < MOST:
                 break

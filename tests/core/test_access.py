@@ -82,3 +82,5 @@ def test_a_secret_is_taken_out_of_what_was_given():
     assert without_secret(given) == {"prompt_features": "all"}
     with pytest.raises(ValueError, match="stream_secret is nothing we know; did you mean"):
         request_options({"stream_secret": "0123456789abcdef"})
+    with pytest.raises(ValueError, match="neuroscope_stream_secret is reserved"):
+        request_options({"neuroscope_stream_secret": "0123456789abcdef"})

@@ -7,7 +7,10 @@ from collections.abc import Iterator
 import pytest
 
 from neuroscope_vllm.core.access import KeyDigests, digest
+from neuroscope_vllm.core.config import Settings
 from neuroscope_vllm.server import sessions
+from neuroscope_vllm.server.access import Access
+from neuroscope_vllm.server.hub import Hub
 from neuroscope_vllm.server.rights import ALL
 from tests.server.access import ADMIN, USER, Headers, bearer, own, sign_in
 from tests.server.side import Side, http, start_side
@@ -77,7 +80,7 @@ def test_what_is_no_key_begins_no_session(keyed: Side, body: object, status: int
         ({"Sec-Fetch-Site": "cross-site"}, 403),
         ({"Sec-Fetch-Site": "same-site"}, 403),
         ({"Sec-Fetch-Site": "same-origin"}, 404),
-        ({"Origin": ORIGIN}, 404),
+        ({"Origin": ORIGIN}, 403),  # an allowed one has to show a key
     ],
 )
 def test_other_pages_change_nothing_with_a_cookie(keyed: Side, asked_by: Headers, status: int):
@@ -89,9 +92,10 @@ def test_other_pages_change_nothing_with_a_cookie(keyed: Side, asked_by: Headers
 
 
 def test_a_page_elsewhere_can_not_sign_a_browser_in(keyed: Side):
-    answer = post_session(keyed, {"api_key": USER}, Origin="http://evil.example")
-    assert answer.status_code == 403
-    assert "set-cookie" not in answer.headers
+    for origin in ("http://evil.example", ORIGIN):
+        answer = post_session(keyed, {"api_key": USER}, Origin=origin)
+        assert answer.status_code == 403
+        assert "set-cookie" not in answer.headers
 
 
 def test_allowed_origins_ask_with_a_key_and_no_cookie(keyed: Side):
@@ -109,6 +113,8 @@ def test_allowed_origins_ask_with_a_key_and_no_cookie(keyed: Side):
     assert "access-control-allow-origin" not in preflight("https://other.example")
     told = keyed.get("/v1/features/describe", headers=bearer(USER) | {"Origin": ORIGIN})
     assert told.headers["access-control-allow-origin"] == ORIGIN
+    url = f"{keyed.base}/v1/requests/unknown/steering"
+    assert http.delete(url, headers=bearer(USER) | {"Origin": ORIGIN}).status_code == 404
     refused = keyed.get("/v1/features/describe", headers={"Origin": ORIGIN})
     assert (refused.status_code, refused.headers["access-control-allow-origin"]) == (401, ORIGIN)
 
@@ -124,6 +130,14 @@ def test_every_answer_has_strict_headers(keyed: Side, path: str):
         assert "frame-ancestors 'none'" in answer.headers["content-security-policy"]
         page = path == "/" or path.startswith("/static")
         assert answer.headers["cache-control"] == ("no-cache" if page else "no-store")
+
+
+def test_a_session_lasts_longer_by_a_key_alone():
+    access = Access(KeyDigests([], [digest(USER)]), Hub(Settings(), "fake"))
+    began = access.sign_in(None, USER, None)
+    for body in ((None, None), (None, "a-secret-of-one-stream")):
+        assert access.sign_in(began, *body).ends_at == began.ends_at
+    assert access.sign_in(began, USER, None).ends_at > began.ends_at
 
 
 def test_sessions_end_and_are_bounded(monkeypatch: pytest.MonkeyPatch):

@@ -14,7 +14,7 @@ from neuroscope_vllm.client.calls import quoted
 from neuroscope_vllm.core.access import KeyDigests, digest
 from neuroscope_vllm.engine.fake import FakeEngine
 from neuroscope_vllm.server.connection import PATIENCE_S
-from neuroscope_vllm.server.guard import MAX_BODY, MAX_CHAT, MAX_HEAD, Refusals
+from neuroscope_vllm.server.guard import MAX_BODY, MAX_CHAT, MAX_HEAD, MAX_PARAMETERS, Refusals
 from tests.server.access import ADMIN, USER, bearer
 from tests.server.side import Side, http, start_side, wait_until
 
@@ -26,14 +26,19 @@ KEY = f"Authorization: Bearer {ADMIN}\r\n"
 def keyed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Side]:
     keys = KeyDigests([digest(ADMIN)], [digest(USER)])
     side = start_side(tmp_path_factory.mktemp("keyed"), keys=keys, upstream=NOBODY)
-    with FakeEngine(side.endpoint, top_k=4):
-        side.wait_armed()
-        yield side
+    yield side
     side.process.stop()
 
 
+@pytest.fixture(scope="module")
+def engine_of_keyed(keyed: Side) -> Iterator[FakeEngine]:
+    with FakeEngine(keyed.endpoint, top_k=4) as engine:
+        keyed.wait_armed()
+        yield engine
+
+
 @pytest.fixture(autouse=True)
-def _still_well(keyed: Side) -> Iterator[None]:
+def _still_well(keyed: Side, engine_of_keyed: FakeEngine) -> Iterator[None]:
     yield
     assert keyed.get("/health").status_code == 200
     assert keyed.get("/v1/requests", headers=bearer(ADMIN)).status_code == 200
@@ -89,15 +94,14 @@ def test_no_path_leads_around_the_guard(keyed: Side, target: str):
 @pytest.mark.parametrize(
     "name", ["a\r\nX-Injected: 1", "b\nX-Injected: 1", 'c"; x=', "d/../e", "é\x00"]
 )
-def test_ids_inject_no_header(keyed: Side, name: str):
-    with FakeEngine(keyed.endpoint, top_k=4) as engine:
-        engine.run(name, [1], [2])
+def test_ids_inject_no_header(keyed: Side, engine_of_keyed: FakeEngine, name: str):
+    engine_of_keyed.run(name, [1], [2])
 
-        def is_known() -> bool:
-            kept = keyed.get("/v1/requests", headers=bearer(ADMIN)).json()["data"]
-            return any(one["request_id"] == name for one in kept)
+    def is_known() -> bool:
+        kept = keyed.get("/v1/requests", headers=bearer(ADMIN)).json()["data"]
+        return any(one["request_id"] == name for one in kept)
 
-        wait_until(is_known)
+    wait_until(is_known)
     for path in ("/v1/requests/", "/export/"):
         answer = keyed.get(path + quoted(name), headers=bearer(ADMIN))
         # Paths of routes have no line breaks.
@@ -201,6 +205,35 @@ def test_who_never_finishes_is_cut_off(keyed: Side):
     # Who reads a stream is not slow.
     with keyed.open("nothing", headers=bearer(USER)) as events:
         assert events is not None
+
+
+@pytest.mark.parametrize("path", ["/health", "/v1/requests"])
+def test_a_cookie_that_python_unquotes_for_seconds_holds_nobody_up(keyed: Side, path: str):
+    began = time.monotonic()
+    quoted_long = 'Cookie: other="' + "\\" * 50_000 + '"\r\n'
+    assert raw(keyed, path, quoted_long).split(b" ")[1] in (b"200", b"401")
+    assert time.monotonic() - began < 5  # 14 s, if it is read
+
+
+def test_a_query_has_few_parameters(keyed: Side):
+    query = "&".join(f"a{at}=" for at in range(MAX_PARAMETERS))
+    assert raw(keyed, f"/v1/features/stream?{query}", KEY).startswith(b"HTTP/1.1 400")
+    assert raw(keyed, f"/v1/features/stream?{query}&b=", KEY).startswith(b"HTTP/1.1 431")
+
+
+@pytest.mark.parametrize("origin", ["http://[", "http://[::1", "[", "://", "http://127.0.0.1"])
+def test_an_origin_that_is_none_is_another(keyed: Side, origin: str):
+    head = "POST /v1/session HTTP/1.1\r\nHost: 127.0.0.1:1\r\nConnection: close\r\n"
+    with connect(keyed, head, f"Origin: {origin}\r\nContent-Length: 2\r\n\r\n{{}}") as asking:
+        assert asking.recv(65536).startswith(b"HTTP/1.1 403")
+
+
+def test_what_is_no_http_is_counted(keyed: Side):
+    before = counted(keyed, "malformed")
+    for at in range(3):
+        with connect(keyed, f"nonsense {at}\r\n\r\n") as connection:
+            assert connection.recv(65536).startswith(b"HTTP/1.1 400")
+    assert counted(keyed, "malformed") == before + 3
 
 
 def test_websockets_are_refused(keyed: Side):

@@ -12,9 +12,8 @@ from neuroscope_vllm.core.access import digest
 from neuroscope_vllm.core.request import KEY, request_options, without_secret
 from neuroscope_vllm.core.steering.catalogue import Catalogue
 from neuroscope_vllm.core.steering.settle import SteeringRefused, settle
-from neuroscope_vllm.engine.vllm.ids import CHOICES, PATCHING, SECRET, STEERING
+from neuroscope_vllm.engine.vllm.ids import CHOICES, PATCHING, SECRET, STEERING, secret_of
 
-_OURS = (CHOICES, STEERING, PATCHING, SECRET)
 _catalogues: list[Catalogue] = []  # at most one: what this front process's engine steers with
 
 
@@ -48,9 +47,10 @@ def admit(params: Any) -> None:
     options = request_options(given)
     if _catalogues and PATCHING in given:
         raise ValueError(f"vllm_xargs.{PATCHING} is reserved; leave it out.")
-    for name in _OURS:
-        if not isinstance(given.get(name, {}), dict):
-            raise ValueError(f"vllm_xargs.{name} is reserved; leave it out.")
+    try:
+        secret_of(params)
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(f"vllm_xargs.{SECRET} is reserved; leave it out.") from None
     noted: dict[str, Any] = {}
     if _catalogues:
         try:

@@ -34,10 +34,10 @@ async def begin(request: Request) -> Response:
     access: Access = request.app.state.access
     caller: Caller = request.state.caller
     session = access.sign_in(caller.session, body.api_key, body.stream_secret)
-    access.sessions.end(request.cookies.get(cookie_name(request)))
+    access.sessions.end(request.cookies.get(cookie_name(request.scope)))
     response = Response(status_code=204)
     response.set_cookie(
-        cookie_name(request),
+        cookie_name(request.scope),
         access.sessions.begin(session),
         max_age=LASTS_S,
         secure=request.url.scheme == "https",
@@ -51,7 +51,7 @@ async def begin(request: Request) -> Response:
 async def end(request: Request) -> Response:
     """Sign out. Streams that are open go on to their end."""
     access: Access = request.app.state.access
-    access.sessions.end(request.cookies.get(cookie_name(request)))
+    access.sessions.end(request.cookies.get(cookie_name(request.scope)))
     response = Response(status_code=204)
-    response.delete_cookie(cookie_name(request), httponly=True, samesite="strict")
+    response.delete_cookie(cookie_name(request.scope), httponly=True, samesite="strict")
     return response

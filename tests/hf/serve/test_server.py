@@ -191,8 +191,11 @@ def test_a_key_is_asked_for(guarded: Served) -> None:
     for key in (None, "another", KEY + "x"):
         refused = ask(guarded, key)
         assert (refused.status_code, refused.json()) == (401, {"error": "Unauthorized"})
-    for path in ("/v1/models", "/load"):  # which names requests
+    for path in ("/v1/models", "/load"):
         assert httpx.get(guarded.chat + path).status_code == 401
+    # No ids: who knows one reads that request, with a key as its own user.
+    load = httpx.get(f"{guarded.chat}/load", headers={"Authorization": f"Bearer {KEY}"})
+    assert load.json().keys() == {"server_load"}
     assert httpx.get(f"{guarded.chat}/health").status_code == 200
     # Through the features port it is the client's own that counts.
     url = f"{guarded.features}{COMPLETION}"

@@ -26,7 +26,7 @@ from neuroscope_vllm.engine.hf.serve.handlers import ChatHandler, TextHandler, n
 ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/health")
 """Of transformers' own; those that load, unload or speak to other models are left out."""
 GUARDED = ("/v1", "/load")
-"""What needs a key: as in vLLM, and what names requests."""
+"""What needs a key: as in vLLM, and what tells of the requests of others."""
 
 
 def build(served: Served, *, api_keys: Sequence[str], origins: Sequence[str]) -> FastAPI:
@@ -44,7 +44,7 @@ def build(served: Served, *, api_keys: Sequence[str], origins: Sequence[str]) ->
     app.router.routes[:] = [
         route for route in app.router.routes if getattr(route, "path", "") in ROUTES
     ]
-    _say_who(app, served)
+    _say_who(app, served, ids=not api_keys)
     _install_errors(app)
     app.add_middleware(_Cancelling)
     if api_keys:
@@ -56,8 +56,9 @@ def build(served: Served, *, api_keys: Sequence[str], origins: Sequence[str]) ->
     return app
 
 
-def _say_who(app: FastAPI, served: Served) -> None:
-    """What the page and the command line ask for beside answers."""
+def _say_who(app: FastAPI, served: Served, ids: bool) -> None:
+    """What the page and the command line ask for beside answers. `ids`: also of what runs and
+    waits; with a key one could read the features of each request that one can name."""
     models = [route for route in app.router.routes if getattr(route, "path", "") == "/v1/models"]
     for route in models:
         app.router.routes.remove(route)
@@ -82,7 +83,7 @@ def _say_who(app: FastAPI, served: Served) -> None:
     @app.get("/load")
     def load() -> dict[str, Any]:
         queue = served.generator.queue()
-        return {"server_load": len(queue), "queue": queue}
+        return {"server_load": len(queue), **({"queue": queue} if ids else {})}
 
 
 def _install_errors(app: FastAPI) -> None:
