@@ -195,6 +195,11 @@ def latency(
     help="The hub's setting of that name.",
 )
 @click.option(
+    "--ring-mb",
+    type=click.IntRange(1),
+    help="Likewise: of it, for the stream of all requests (a quarter).",
+)
+@click.option(
     "--against",
     type=click.Choice(["sse-starlette"]),
     help="Then have a plain broadcaster send the same events.",

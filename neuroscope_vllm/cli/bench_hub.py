@@ -51,6 +51,7 @@ class Load:
     seconds: float
     follow: str
     memory_mb: int
+    ring_mb: int | None
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ def _hub(load: Load, tokenizer: Path) -> Iterator[Receiver]:
     listener = launch.listen("127.0.0.1", 0)
     directory = launch.runtime_directory()
     side = launch.launch(
-        Settings(memory_mb=load.memory_mb),
+        Settings(memory_mb=load.memory_mb, ring_mb=load.ring_mb),
         model="fake",
         directory=directory,
         listener=listener,
@@ -273,19 +274,27 @@ def _figures(fed: dict[str, Any], samples: list[dict[str, float]], delays: Any) 
     }
 
 
+_NO_ROOM = ("requests_refused", "gaps_dropped")
+"""Counters of the hub that are not 0 where `running_mb` was too small."""
+
+
 def _books(
     expected: list[int],
     heard: list[dict[str, Any]],
     counters: dict[str, int],
 ) -> dict[str, Any]:
     """Of each reader: events published = events received + events that its gaps tell of; of all:
-    what gaps told = what the hub counted."""
+    what gaps told = what the hub counted. Where the hub itself had no room for rows or requests,
+    there is nothing to balance."""
     received = [count for one in heard for count in one["received"]]
     lost = [sum(of.values()) for one in heard for of in one["lost"]]
     reasons = sum((Counter(of) for one in heard for of in one["lost"]), Counter[str]())
     off = [p - r - g for p, r, g in zip(expected, received, lost, strict=True)]
     counted = {name: counters.get(f"events_{name}", 0) for name in ("slow_reader", "evicted")}
     told = {name: reasons.get(name, 0) for name in counted}
+    failures = {failure for one in heard for failure in one["failures"]}
+    if dropped := {name: counters[name] for name in _NO_ROOM if counters.get(name)}:
+        failures.add(f"the hub had no room ({dropped}); give it more with --memory-mb")
     return {
         "published": sum(expected),
         "received": sum(received),
@@ -294,8 +303,8 @@ def _books(
         "counted_by_the_hub": counted,
         "unaccounted": sum(map(abs, off)),
         "readers_off": sum(one != 0 for one in off),
-        "failures": sorted({failure for one in heard for failure in one["failures"]}),
-        "balance": not any(off) and told == counted,
+        "failures": sorted(failures),
+        "balance": not any(off) and told == counted and not dropped,
     }
 
 

@@ -60,9 +60,9 @@ def test_hub_books_balance(follow: str, against: tuple[str, ...]) -> None:
 
 
 def test_hub_readers_that_can_not_keep_up_are_told_of_every_loss() -> None:
-    # An eighth of the ceiling has room for the requests, a quarter for half a second's events.
+    # A ring of about 1,500 events is less than what they wait for.
     load = ("--seconds", 2, "--readers", 200, "--events-per-second", 8000, "--follow", "all")
-    books = report("hub", *load, "--memory-mb", 20)["hub"]["books"]
+    books = report("hub", *load, "--ring-mb", 2)["hub"]["books"]
     assert books["balance"]
     assert sum(books["in_gaps"].values()) > 0
     assert books["in_gaps"] == books["counted_by_the_hub"]
