@@ -133,8 +133,8 @@ class Guard:
         await self._app(scope, receive, send)
 
     def _check_origin(self, asked: HTTPConnection, caller: Caller) -> None:
-        """What changes something must not be asked by a page elsewhere, but with a key by those that
-        are allowed; and a cookie must come from a browser that tells which page asks."""
+        """What changes something must not be asked by a page elsewhere, but one that is allowed and
+        shows a key; and a cookie must come from a browser that tells which page asks."""
         if asked.scope["method"] in SAFE:
             return
         origin, site = asked.headers.get("origin"), asked.headers.get("sec-fetch-site")
