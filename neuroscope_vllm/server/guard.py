@@ -53,6 +53,7 @@ _LOGGED = {
     "bodies": "for a body too large",
     "heads": "for headers too large",
     "malformed": "for what is no HTTP",
+    "pipelined": "for too many requests before an answer",
     "slow": "for taking too long",
 }
 
