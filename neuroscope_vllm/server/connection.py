@@ -15,6 +15,8 @@ SLOWEST = 8192
 """Bytes a second that buy more time than PATIENCE_S."""
 MAX_REQUEST = MAX_CHAT + (6 << 20)
 """What is read of a request at most, so that who sends too much still reads why not."""
+MAX_PIPELINED = 64
+"""Requests that wait for the answer to one before, as a stream is."""
 TOO_LARGE = (
     b"HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-length: 0\r\n"
     b"connection: close\r\n\r\n"
@@ -54,7 +56,9 @@ def impatient(refusals: Refusals) -> type[asyncio.Protocol]:
             super().data_received(data)
             if self.transport.is_closing():
                 return
-            if self._awaits_head and self._received > MAX_HEAD:
+            if len(getattr(self, "pipeline", ())) > MAX_PIPELINED:  # h11 reads no further by itself
+                self._refuse("pipelined")
+            elif self._awaits_head and self._received > MAX_HEAD:
                 self.transport.write(TOO_LARGE)
                 self._refuse("heads")
             elif self._received > MAX_REQUEST:

@@ -44,7 +44,7 @@ DOCS_POLICY = (
     " style-src https://cdn.jsdelivr.net; img-src https://fastapi.tiangolo.com data:;"
     " frame-ancestors 'none'"
 )
-REFUSED = {
+_LOGGED = {
     "without_key": "for want of a key",
     "keys": "for a wrong key",
     "rights": "for a key that may not",
@@ -53,9 +53,9 @@ REFUSED = {
     "bodies": "for a body too large",
     "heads": "for headers too large",
     "malformed": "for what is no HTTP",
+    "pipelined": "for too many requests before an answer",
     "slow": "for taking too long",
 }
-"""What is refused, by kind, in the log's words."""
 
 
 class Refusals:
@@ -74,7 +74,7 @@ class Refusals:
             count = self._counters[name]
             self._logged[kind] = now, count
             text = "neuroscope: refused %s, the last from %s: %d since the last such line"
-            logger.warning(text, REFUSED[kind], peer, count - before)
+            logger.warning(text, _LOGGED[kind], peer, count - before)
 
 
 def install(app: FastAPI, access: Access, refusals: Refusals, allowed_origins: list[str]) -> None:
@@ -134,8 +134,8 @@ class Guard:
         await self._app(scope, receive, send)
 
     def _check_origin(self, asked: HTTPConnection, caller: Caller) -> None:
-        """What changes something must not be asked by a page elsewhere, but with a key by those
-        that are allowed; and a cookie must come from a browser that tells which page asks."""
+        """What changes something must not be asked by a page elsewhere, but one that is allowed and
+        shows a key; and a cookie must come from a browser that tells which page asks."""
         if asked.scope["method"] in SAFE:
             return
         origin, site = asked.headers.get("origin"), asked.headers.get("sec-fetch-site")

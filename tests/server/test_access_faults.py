@@ -236,6 +236,19 @@ def test_what_is_no_http_is_counted(keyed: Side):
     assert counted(keyed, "malformed") == before + 3
 
 
+def test_few_requests_wait_behind_a_stream(keyed: Side):
+    before = counted(keyed, "pipelined")
+    head = f"GET /v1/features/stream?request_id=x HTTP/1.1\r\nHost: 127.0.0.1\r\n{KEY}\r\n"
+    more = "GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
+    with connect(keyed, head, more * 2000) as connection:
+        try:
+            while connection.recv(65536):
+                pass
+        except ConnectionResetError:
+            pass
+    assert counted(keyed, "pipelined") == before + 1
+
+
 def test_websockets_are_refused(keyed: Side):
     more = "Upgrade: websocket\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n"
     more += "Sec-WebSocket-Version: 13\r\n"
