@@ -193,13 +193,20 @@ def _run(receiver: Receiver, load: Load, tokenizer: Path) -> dict[str, Any]:
             samples = list(meter)
             expected = fed["events"]
             if load.follow == "all":
-                expected = [sum(expected)] * load.readers
+                # The hub's own: gaps of rows that it, at its ceiling, could not keep.
+                gaps = _settled(receiver)["gaps_dropped"] if receiver.kind == HUB else 0
+                expected = [sum(expected) + gaps] * load.readers
             for crowd in crowds:
                 assert crowd.stdin is not None
                 crowd.stdin.write(json.dumps(expected) + "\n")
                 crowd.stdin.flush()
             heard = [_line(crowd) for crowd in crowds]
         counters = _counters(receiver) if receiver.kind == HUB else {}
+        if refused := counters.get("requests_refused"):
+            raise click.ClickException(
+                f"the hub had no room to follow {refused} of the requests, so no books can be kept;"
+                " give more --memory-mb, or fewer --readers."
+            )
         delays = np.concatenate([np.load(file) for file in lags])
     return _figures(fed, samples, delays) | {"books": _books(expected, heard, counters)}
 
@@ -219,6 +226,16 @@ def _line(child: subprocess.Popen[str]) -> Any:
 def _counters(receiver: Receiver) -> dict[str, int]:
     answer = httpx.get(f"{receiver.base}/v1/features/describe", timeout=60).raise_for_status()
     return answer.json()["counters"]
+
+
+def _settled(receiver: Receiver) -> Counter[str]:
+    """The hub's counters once all that it follows has ended, or will not."""
+    deadline = time.monotonic() + READERS_TIMEOUT_S
+    while True:
+        found = Counter(_counters(receiver))
+        if found["requests_done"] >= found["requests"] or time.monotonic() > deadline:
+            return found
+        time.sleep(SAMPLE_S / 4)
 
 
 @contextlib.contextmanager
