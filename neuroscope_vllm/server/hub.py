@@ -220,6 +220,7 @@ class Hub:
         why = f"{len(self._open)} requests run, and the hub has no room to follow this one."
         self._publish(trace, [narrator.request(), narrator.error(why), narrator.never_followed()])
         self.traces.finish(trace, now)
+        self.counters["requests_done"] += 1
         self.join.ignore(trace.internal_id)
 
     def _end_unheard(self, now: float) -> None:
