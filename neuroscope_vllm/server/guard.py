@@ -44,7 +44,7 @@ DOCS_POLICY = (
     " style-src https://cdn.jsdelivr.net; img-src https://fastapi.tiangolo.com data:;"
     " frame-ancestors 'none'"
 )
-_LOGGED = {
+REFUSED = {
     "without_key": "for want of a key",
     "keys": "for a wrong key",
     "rights": "for a key that may not",
@@ -56,6 +56,7 @@ _LOGGED = {
     "pipelined": "for too many requests before an answer",
     "slow": "for taking too long",
 }
+"""What is refused, by kind, in the log's words."""
 
 
 class Refusals:
@@ -74,7 +75,7 @@ class Refusals:
             count = self._counters[name]
             self._logged[kind] = now, count
             text = "neuroscope: refused %s, the last from %s: %d since the last such line"
-            logger.warning(text, _LOGGED[kind], peer, count - before)
+            logger.warning(text, REFUSED[kind], peer, count - before)
 
 
 def install(app: FastAPI, access: Access, refusals: Refusals, allowed_origins: list[str]) -> None:
