@@ -104,6 +104,23 @@ def words(spec: EngineSpec, corpus: Corpus, output: Path) -> tuple[object, ...]:
     )  # fmt: skip
 
 
+def test_a_cluster_of_ones_own_listens_on_loopback_only(cluster: Any) -> None:
+    # First of all: engines that ran on it listen where vLLM has them.
+    package = str(Path(cluster.__file__).parent)
+    listening = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # it has just ended
+            words = " ".join(process.cmdline())
+            if words.startswith("ray::") or package in words:
+                listening += [
+                    connection.laddr.ip
+                    for connection in process.net_connections("inet")
+                    if connection.status == psutil.CONN_LISTEN
+                ]
+    assert listening
+    assert {ip.removeprefix("::ffff:") for ip in listening} <= {"127.0.0.1", "::1"}
+
+
 def test_two_vllms_end_with_the_bits_of_one_also_if_a_worker_is_killed(
     tiny_gemma2: Path, tiny_sae: Path, corpus: Corpus, tmp_path: Path
 ) -> None:
@@ -325,22 +342,6 @@ def test_what_can_not_be_is_said_in_a_sentence(
 class Sleeper:
     def sleep(self) -> None:
         """Be there."""
-
-
-def test_a_cluster_of_ones_own_listens_on_loopback_only(cluster: Any) -> None:
-    package = str(Path(cluster.__file__).parent)
-    listening = []
-    for process in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.Error):  # it has just ended
-            words = " ".join(process.cmdline())
-            if words.startswith("ray::") or package in words:
-                listening += [
-                    connection.laddr.ip
-                    for connection in process.net_connections("inet")
-                    if connection.status == psutil.CONN_LISTEN
-                ]
-    assert listening
-    assert {ip.removeprefix("::ffff:") for ip in listening} <= {"127.0.0.1", "::1"}
 
 
 @pytest.mark.parametrize(
