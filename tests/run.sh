@@ -29,7 +29,8 @@ export PATH="$PWD/.venv/bin:$PATH"
 
 if ! command -v chromium >/dev/null && command -v apt-get >/dev/null && [ "$(id -u)" = 0 ]; then
   echo "setup: installing Chromium for the tests of pages" >&2
-  { apt-get update -qq && apt-get install -y -qq chromium; } >/dev/null
+  export DEBIAN_FRONTEND=noninteractive
+  { apt-get update -qq && apt-get install -y -qq -o Acquire::Retries=3 chromium; } >/dev/null
 fi
 if [ $# = 0 ]; then set -- -n 2 --dist loadscope --no-loadscope-reorder; fi
 if [ "$extras" = demo,dev,hf ]; then exec python -m pytest "$@"; fi
