@@ -1,75 +1,96 @@
 """Chats sampled from the model itself: the distribution the demo really shows.
 
-Usage: `python sample.py --model FOLDER --out chats.safetensors`
+Usage: `python sample.py --model FOLDER --out FOLDER --chats 12000`
+
+Written in parts, so that an interrupted run goes on where it stopped. Half of the chats have a
+second question.
 """
 
 import argparse
 import itertools
+import json
 import random
+import time
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 SEED = 0
+PART = 512  # chats a file
+NEW_TOKENS = (224, 160)  # at most, of the first and the second answer
 
-ASKS = (
-    "Tell me about {}.",
-    "What is the most important thing to know about {}?",
-    "Explain {} to a ten-year-old.",
-    "Write a short story about {}.",
-    "Write a poem about {}.",
-    "Give me five tips about {}.",
-    "What are the pros and cons of {}?",
-    "Write an email to a friend about {}.",
-    "How did {} begin?",
-    "Write a funny dialogue about {}.",
-    "I am worried about {}. What should I do?",
-    "Ask me three quiz questions about {} and give the answers.",
-    "Why do people care about {}?",
-    "Describe {} in one paragraph.",
-    "Compare {} with something similar.",
-    "Write a news headline and a first paragraph about {}.",
-)
-
-TOPICS = Path(__file__).with_name("topics.txt").read_text().splitlines()
+PROMPTS = json.loads(Path(__file__).with_name("prompts.json").read_text("utf-8"))
 
 
-def prompts(n: int, seed: int) -> list[str]:
-    """`n` different questions, in a shuffled but fixed order."""
-    pairs = [ask.format(topic) for ask in ASKS for topic in TOPICS]
-    random.Random(seed).shuffle(pairs)
-    return pairs[:n]
+def questions() -> list[str]:
+    """Every question with every subject, in a shuffled but fixed order."""
+    pairs = [ask.format(it) for asks, things in PROMPTS["asks"] for ask in asks for it in things]
+    random.Random(SEED).shuffle(pairs)
+    return pairs
 
 
-def chats(model: Path, n: int, seed: int, new_tokens: int = 208) -> list[list[int]]:
-    """Token ids of `n` chats of one question and one answer, sampled with vLLM in bf16."""
-    from vllm import LLM, SamplingParams
+def chats(engine, asked: list[str], seed: int) -> list[list[int]]:
+    """Token ids of a chat on each question, sampled with `engine`, a vLLM `LLM`."""
+    from vllm import SamplingParams
 
-    engine = LLM(
-        str(model),
-        dtype="bfloat16",
-        max_model_len=512,
-        max_num_seqs=64,
-        enforce_eager=True,
-        seed=seed,
-    )
-    sampling = SamplingParams(temperature=0.8, top_p=0.95, max_tokens=new_tokens)
-    turns = [[{"role": "user", "content": question}] for question in prompts(n, seed)]
-    done = engine.chat(turns, sampling, use_tqdm=False)
-    return [[*chat.prompt_token_ids, *chat.outputs[0].token_ids] for chat in done]
+    rng = random.Random(seed)
+    turns = [[{"role": "user", "content": question}] for question in asked]
+    made: list[list[int]] = [[] for _ in asked]
+    open_chats = list(range(len(asked)))
+    for round_, tokens in enumerate(NEW_TOKENS):
+        sampling = SamplingParams(temperature=0.8, top_p=0.95, max_tokens=tokens)
+        done = engine.chat([turns[i] for i in open_chats], sampling, use_tqdm=False)
+        following = []
+        for i, chat in zip(open_chats, done, strict=True):
+            answer = chat.outputs[0]
+            made[i] = [*chat.prompt_token_ids, *answer.token_ids]
+            if round_ == 0 and i % 2 and answer.finish_reason == "stop":
+                turns[i] += [
+                    {"role": "assistant", "content": answer.text},
+                    {"role": "user", "content": rng.choice(PROMPTS["follow_ups"])},
+                ]
+                following.append(i)
+        open_chats = following
+    return made
+
+
+def read(folder: Path) -> list[list[int]]:
+    """The chats sampled so far, in order."""
+    parts = (load_file(path) for path in sorted(folder.glob("chats-*.safetensors")))
+    return [
+        ids.tolist() for part in parts for ids in part["ids"].split(part["lengths"].tolist())
+    ]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--chats", type=int, default=256)
+    parser.add_argument("--chats", type=int, default=12_288)
     args = parser.parse_args()
-    made = chats(args.model, args.chats, SEED)
-    lengths = torch.tensor([len(ids) for ids in made])
-    print(f"{len(made)} chats, {int(lengths.sum()):,} tokens")
-    save_file({"ids": torch.tensor(list(itertools.chain(*made))), "lengths": lengths}, args.out)
+    args.out.mkdir(parents=True, exist_ok=True)
+    asked = questions()[: args.chats]
+    parts = [asked[i : i + PART] for i in range(0, len(asked), PART)]
+    paths = [args.out / f"chats-{i:03}.safetensors" for i in range(len(parts))]
+    if all(path.exists() for path in paths):
+        return
+    from vllm import LLM
+
+    engine = LLM(
+        str(args.model), dtype="bfloat16", max_model_len=1024, max_num_seqs=128, seed=SEED
+    )
+    for i, (path, part) in enumerate(zip(paths, parts, strict=True)):
+        if path.exists():
+            continue
+        start = time.monotonic()
+        made = chats(engine, part, SEED + i)
+        lengths = torch.tensor([len(ids) for ids in made])
+        ids = torch.tensor(list(itertools.chain(*made)), dtype=torch.int32)
+        save_file({"ids": ids, "lengths": lengths}, path.with_suffix(".tmp"))
+        path.with_suffix(".tmp").rename(path)
+        rate = len(ids) / (time.monotonic() - start)
+        print(f"{path.name}: {len(ids):,} tokens, {rate:,.0f} a second", flush=True)
 
 
 if __name__ == "__main__":
