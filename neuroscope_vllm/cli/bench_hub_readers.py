@@ -138,9 +138,12 @@ class Crowd:
         if b"event: g" in frames:
             for body in _GAP.findall(frames):
                 gap = _gap.decode(body)
-                if gap.reason != "dropped":  # that one is the request's, not this reader's
+                if gap.reason != "dropped":
                     reader.received -= 1
                     reader.lost[gap.reason] += gap.count or 0
+                elif self._asked.follow == "own":
+                    # The request's, not this reader's: the hub told it beside what was published.
+                    reader.received -= 1
             reader.received -= frames.count(b"event: goodbye\n")
         if stamp := _STAMP.search(frames):
             self._lags.append(now - self._asked.origin - int(stamp[1]) * TICK_S)

@@ -6,6 +6,7 @@ Ends on SIGTERM, and when the process that started it is gone.
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import resource
@@ -30,6 +31,9 @@ logger = logging.getLogger("neuroscope_vllm.server")
 
 POLL_S = 0.1
 GRACEFUL_S = 1
+GC_THRESHOLDS = 20_000, 10, 5
+"""Every reader is some 500 objects, and a full pass over a thousand of them takes 0.25 s. By
+Python's own thresholds there would be one each second under load."""
 OTHER_FILES = 1024
 """Beside those of readers: engines, chats that are passed through, a recording."""
 
@@ -119,6 +123,8 @@ def run(
     host, port = listener.getsockname()[:2]
     logger.info("neuroscope: features of %s on http://%s:%s", config.model, host, port)
     app = app or create_app(config)
+    gc.freeze()
+    gc.set_threshold(*GC_THRESHOLDS)
     if failure := asyncio.run(serve(app, config, listener, runtime_directory)):
         sys.exit(f"neuroscope: {failure}")
 

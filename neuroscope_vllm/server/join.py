@@ -68,18 +68,20 @@ class Budget:
 
 
 class _Span:
-    """Rows [next, stop) of a message that still have to be placed."""
+    """Rows [next, stop) of a message that still have to be placed, and their bytes if kept."""
 
-    __slots__ = ("next", "rows", "stop")
+    __slots__ = ("bytes", "next", "rows", "stop")
 
-    def __init__(self, rows: Rows, start: int, stop: int) -> None:
+    def __init__(self, rows: Rows, start: int, stop: int, size: int = 0) -> None:
         self.rows = rows
         self.next = start
         self.stop = stop
+        self.bytes = size
 
     def rest(self) -> _Span:
         """What is not placed, for itself."""
-        return _Span(self.rows.part(self.next, self.stop), 0, self.stop - self.next)
+        rows = self.rows.part(self.next, self.stop)
+        return _Span(rows, 0, self.stop - self.next, rows.bytes)
 
 
 class Choice:
@@ -229,10 +231,10 @@ class Choice:
 
     def _hold(self, span: _Span) -> None:
         self._held.append(span)
-        self._budget.rows += span.rows.bytes
+        self._budget.rows += span.bytes
         while self._budget.exceeded and self._held:
             oldest = self._held.popleft()
-            self._budget.rows -= oldest.rows.bytes
+            self._budget.rows -= oldest.bytes
             self._counters["rows_held_too_long"] += oldest.stop - oldest.next
 
     def _retry(self, out: list[Item]) -> None:
@@ -245,7 +247,7 @@ class Choice:
 
     def _take_held(self) -> deque[_Span]:
         held, self._held = self._held, deque()
-        self._budget.rows -= sum(span.rows.bytes for span in held)
+        self._budget.rows -= sum([span.bytes for span in held])
         return held
 
     def _maybe_end(self, out: list[Item]) -> None:

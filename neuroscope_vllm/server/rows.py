@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from math import isnan
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,8 +20,10 @@ FEW_VALUES = 64
 POWERS = np.array([float(f"1e{n}") for n in range(23)])
 
 
-@dataclass(frozen=True, slots=True)
-class LayerRows:
+NOTHING: Mapping[Any, Any] = MappingProxyType({})
+
+
+class LayerRows(NamedTuple):
     """Columns of one layer, indexed by row; -1 in `index` is padding."""
 
     layer: int
@@ -42,8 +43,8 @@ class Rows(NamedTuple):
     positions: list[int]
     token_ids: list[int]
     layers: list[LayerRows]
-    steered: Mapping[tuple[int, int], list[SteeredFeature]] = MappingProxyType({})
-    hits: Mapping[int, list[wire.RuleHit]] = MappingProxyType({})
+    steered: Mapping[tuple[int, int], list[SteeredFeature]] = NOTHING
+    hits: Mapping[int, list[wire.RuleHit]] = NOTHING
 
     def part(self, start: int, stop: int) -> Rows:
         """Rows [start, stop) for themselves: to keep them keeps no others."""
@@ -58,12 +59,15 @@ class Rows(NamedTuple):
             )
             for one in self.layers
         ]
-        steered = {
-            (row - start, layer): found
-            for (row, layer), found in self.steered.items()
-            if start <= row < stop
-        }
-        hits = {row - start: met for row, met in self.hits.items() if start <= row < stop}
+        steered = hits = NOTHING
+        if self.steered:
+            steered = {
+                (row - start, layer): found
+                for (row, layer), found in self.steered.items()
+                if start <= row < stop
+            }
+        if self.hits:
+            hits = {row - start: met for row, met in self.hits.items() if start <= row < stop}
         return Rows(self.positions[start:stop], self.token_ids[start:stop], layers, steered, hits)
 
     @property
