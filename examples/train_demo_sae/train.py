@@ -1,12 +1,14 @@
-"""Train the demo's SAE with SAELens on collected residuals, calibrate, measure and save it.
+"""Train an SAE of one layer with SAELens on collected residuals, calibrate its threshold, save it.
 
-Usage: `python train.py --acts FOLDER --tokens tokens.safetensors --model FOLDER --out FOLDER`
+Usage: `python train.py --acts FOLDER --tokens FOLDER --model FOLDER --out FOLDER --width 8192
+--checkpoints FOLDER`
 """
 
 import argparse
 import itertools
 import json
 import math
+import random
 import tempfile
 import time
 from collections.abc import Iterator
@@ -16,16 +18,18 @@ from pathlib import Path
 import measure
 import sae_lens
 import torch
-from collect import LAYER, ROWS_PER_SHARD, stream
-from corpus import SAMPLED, SEED, SEQ_LEN, SOURCES, learnable
+from collect import LAYER, Shard, shards
+from corpus import CHATS, DOCUMENTS, SEED, SEQ_LEN, learnable
 from sae_lens import SAE, BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig, SAETrainer
 from sae_lens.config import SAETrainerConfig
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 BATCH = 1024
 MIX_SHARDS = 4  # shuffled together: about 120,000 tokens
 LEARNING_RATE = 8e-4
+CHECKPOINTS = 20
 KEEP_PREFIX = 8  # learn the template's system prompt from every 8th chat
 
 
@@ -51,43 +55,56 @@ class FastBatchTopKTrainingSAE(BatchTopKTrainingSAE):
 
 @dataclass
 class Residuals:
-    """The training residuals in the order of the corpus, without sinks and repeated prompts."""
+    """The training residuals of a layer, without sinks and repeated prompts."""
 
-    folder: Path
-    tokens: torch.Tensor  # [n_seq, SEQ_LEN]
-    mask: torch.Tensor  # [n_seq, SEQ_LEN] bool
+    shards: list[Shard]
+    layer: int
+    tokenizer: PreTrainedTokenizerBase
     cut: float = math.inf
 
     @property
     def n_batches(self) -> int:
         """Batches of one pass: a little less than the mask says, since sinks are not known yet."""
-        return int(self.mask.sum() * 0.995) // BATCH
+        wanted = sum(int(self._mask(shard).sum()) for shard in self.shards)
+        return int(wanted * 0.995) // BATCH
 
-    def shards(self) -> Iterator[torch.Tensor]:
+    def rows(self) -> Iterator[torch.Tensor]:
         """Residuals [n, d_model] of one shard after the other, bf16."""
-        masks = self.mask.split(ROWS_PER_SHARD)
-        for acts, mask in zip(stream(self.folder, "train", len(self.tokens)), masks, strict=True):
-            yield acts[measure.without_sinks(acts, mask, self.cut)]
+        for shard in self.shards:
+            acts = shard.read(self.layer)
+            yield acts[measure.without_sinks(acts, self._mask(shard), self.cut)]
 
     def sample(self, n_shards: int = MIX_SHARDS) -> torch.Tensor:
         """The first shards, [n, d_model]."""
-        return torch.cat(list(itertools.islice(self.shards(), n_shards)))
+        return torch.cat(list(itertools.islice(self.rows(), n_shards)))
 
     def batches(self) -> Iterator[torch.Tensor]:
         """Float32 batches [BATCH, d_model] of one pass, shuffled over a few shards at a time."""
         generator = torch.Generator().manual_seed(SEED)
-        shards = self.shards()
+        rows = self.rows()
         rest = torch.empty(0)
-        while group := list(itertools.islice(shards, MIX_SHARDS)):
+        while group := list(itertools.islice(rows, MIX_SHARDS)):
             acts = torch.cat([rest.to(group[0]).reshape(-1, group[0].shape[1]), *group])
             acts = acts[torch.randperm(len(acts), generator=generator)]
             whole = len(acts) // BATCH * BATCH
             yield from (batch.float() for batch in acts[:whole].split(BATCH))
             rest = acts[whole:]
 
+    def _mask(self, shard: Shard) -> torch.Tensor:
+        return learnable(shard.tokens, self.tokenizer, keep_prefix=KEEP_PREFIX)
 
-def fit(data: Residuals, width: int, k: float, checkpoints: Path | None) -> BatchTopKTrainingSAE:
-    """Train in one pass with SAELens's trainer."""
+
+def in_order(documents: list[Shard], chats: list[Shard]) -> list[Shard]:
+    """The model's own chats come in the second half, nearer to the end of training: that text is
+    most like the demo's."""
+    half = len(documents) // 2
+    tail = documents[half:] + chats
+    random.Random(SEED).shuffle(tail)
+    return documents[:half] + tail
+
+
+def fit(data: Residuals, width: int, k: float, checkpoints: Path) -> BatchTopKTrainingSAE:
+    """Train in one pass with SAELens's trainer; a run that was stopped goes on where it was."""
     torch.manual_seed(SEED)
     sample = data.sample().float()
     d_in = sample.shape[1]
@@ -106,14 +123,20 @@ def fit(data: Residuals, width: int, k: float, checkpoints: Path | None) -> Batc
         lr_decay_steps=steps // 4,
         dead_feature_window=400,
         autocast=True,
-        n_checkpoints=8 if checkpoints else 0,
-        checkpoint_path=str(checkpoints) if checkpoints else None,
+        n_checkpoints=CHECKPOINTS,
+        checkpoint_path=str(checkpoints),
     )
-    trainer = SAETrainer(config, sae, data.batches())
+    batches = data.batches()
+    trainer = SAETrainer(config, sae, batches)
     # Set here, not estimated by the trainer, so that the bias can start at the mean in its units.
     scale = math.sqrt(d_in) / float(sample.norm(dim=-1).mean())
     trainer.activation_scaler.scaling_factor = scale
     sae.b_dec.data = sample.mean(0) * scale
+    if stopped := sorted(checkpoints.glob("[0-9]*"), key=lambda path: int(path.name)):
+        sae.load_weights_from_checkpoint(stopped[-1])
+        trainer.load_trainer_state(stopped[-1])
+        for _ in range(trainer.n_training_steps):
+            next(batches)
     return trainer.fit()
 
 
@@ -149,34 +172,19 @@ def save(sae: SAE, folder: Path, metadata: dict) -> None:
     (folder / "sae_weights.safetensors").chmod(0o644)  # safetensors makes it private
 
 
-def held_out_metrics(
-    sae: SAE, acts: torch.Tensor, mask: torch.Tensor, tokens: dict[str, torch.Tensor], bos: int
-) -> dict[str, dict]:
-    """Metrics over all held-out tokens and by the form of their text."""
-    chat, sampled = tokens["held_out"][:, 0] == bos, tokens["held_out_source"] == len(SOURCES)
-    parts = {"all": chat | ~chat, "plain": ~chat, "chat": chat & ~sampled, SAMPLED: sampled}
-    return {
-        name: measure.metrics(sae, acts[rows][mask[rows]])
-        for name, rows in parts.items()
-        if rows.any()
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    for name in ("--acts", "--tokens", "--model", "--out"):
-        parser.add_argument(name, type=Path, required=True)
-    parser.add_argument("--width", type=int, default=4096)
-    parser.add_argument("--k", type=float, default=56)
-    parser.add_argument("--checkpoints", type=Path)
+    for option in ("--acts", "--tokens", "--model", "--out", "--checkpoints"):
+        parser.add_argument(option, type=Path, required=True)
+    parser.add_argument("--layer", type=int, default=LAYER)
+    parser.add_argument("--width", type=int, required=True)
+    parser.add_argument("--k", type=float, default=72)
     args = parser.parse_args()
-    from transformers import AutoTokenizer
-
-    tokenizer, tokens = AutoTokenizer.from_pretrained(args.model), load_file(args.tokens)
-    mask = learnable(tokens["train"], tokenizer, keep_prefix=KEEP_PREFIX)
-    data = Residuals(args.acts, tokens["train"], mask)
-    first = next(stream(args.acts, "train", len(mask)))
-    median, data.cut = measure.sink_cut(first, mask[: len(first)])
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    parts = [shards(args.tokens, args.acts, part, args.layer) for part in (DOCUMENTS, CHATS)]
+    data = Residuals(in_order(*parts), args.layer, tokenizer)
+    first = data.shards[0]
+    median, data.cut = measure.sink_cut(first.read(args.layer), learnable(first.tokens, tokenizer))
     print(f"median norm {median:.1f}, sink cut {data.cut:.1f}", flush=True)
 
     start = time.monotonic()
@@ -185,7 +193,7 @@ def main() -> None:
     sae = finish(trained, data.sample(), args.k)
     metadata = {
         "model_name": "HuggingFaceTB/SmolLM2-135M-Instruct",
-        "hook_name": f"blocks.{LAYER}.hook_resid_post",
+        "hook_name": f"blocks.{args.layer}.hook_resid_post",
         "context_size": SEQ_LEN,
         "prepend_bos": False,
         "exclude_special_tokens": True,
@@ -196,22 +204,6 @@ def main() -> None:
         "sae_lens_version": sae_lens.__version__,
     }
     save(sae, args.out, metadata)
-
-    stored = SAE.load_from_disk(args.out)  # what is reported is what is stored
-    held_out = torch.cat(list(stream(args.acts, "held_out", len(tokens["held_out"]))))
-    mask = measure.without_sinks(held_out, learnable(tokens["held_out"], tokenizer), data.cut)
-    result = held_out_metrics(stored, held_out, mask, tokens, tokenizer.bos_token_id)
-    sample = data.sample(16)
-    rate = measure.firings(stored, sample) / len(sample)
-    result["features"] = {
-        "tokens": len(sample),
-        "dead": int((rate == 0).sum()),
-        "rarer_than_1_in_100000": int((rate < 1e-5).sum()),
-        "more_frequent_than_1_in_10": int((rate > 0.1).sum()),
-        "median_rate": float(rate.median()),
-    }
-    print(json.dumps(result, indent=2))
-    (args.out / "metrics.json").write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

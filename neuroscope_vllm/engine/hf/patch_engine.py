@@ -51,9 +51,11 @@ class HFPatchEngine:
     @torch.inference_mode()
     def residuals(self, sequences: Chunk, layers: Sequence[int]) -> list[dict[int, Tensor]]:
         found: list[dict[int, Tensor]] = []
+        last = max(layers, default=-1)
         for sequence in sequences:
             rows: dict[int, Tensor] = {}
-            with self._at({layer: functools.partial(_keep, rows, layer) for layer in layers}):
+            keep = {layer: functools.partial(_keep, rows, layer, last) for layer in layers}
+            with contextlib.suppress(_EnoughError), self._at(keep):
                 self._decode(torch.tensor([list(sequence)]), None)
             found.append(rows)
         return found
@@ -112,8 +114,14 @@ class HFPatchEngine:
             return stack.pop_all()
 
 
-def _keep(rows: dict[int, Tensor], layer: int, hidden: Tensor) -> None:
+class _EnoughError(Exception):
+    """What comes after this layer is not wanted."""
+
+
+def _keep(rows: dict[int, Tensor], layer: int, last: int, hidden: Tensor) -> None:
     rows[layer] = hidden[0].float().cpu()
+    if layer == last:
+        raise _EnoughError
 
 
 def _shared(sequences: Chunk, first_edit: int) -> int:
