@@ -58,9 +58,7 @@ def chats(engine, asked: list[str], seed: int) -> list[list[int]]:
 def read(folder: Path) -> list[list[int]]:
     """The chats sampled so far, in order."""
     parts = (load_file(path) for path in sorted(folder.glob("chats-*.safetensors")))
-    return [
-        ids.tolist() for part in parts for ids in part["ids"].split(part["lengths"].tolist())
-    ]
+    return [ids.tolist() for part in parts for ids in part["ids"].split(part["lengths"].tolist())]
 
 
 def main() -> None:
@@ -77,9 +75,7 @@ def main() -> None:
         return
     from vllm import LLM
 
-    engine = LLM(
-        str(args.model), dtype="bfloat16", max_model_len=1024, max_num_seqs=128, seed=SEED
-    )
+    engine = LLM(str(args.model), dtype="bfloat16", max_model_len=1024, max_num_seqs=128, seed=SEED)
     for i, (path, part) in enumerate(zip(paths, parts, strict=True)):
         if path.exists():
             continue

@@ -29,6 +29,8 @@ class Need(Enum):
     """A key, or the secret of a request that is kept; the route looks which requests it reads."""
     CHAT = auto()
     """A key of vLLM's own, if it has any."""
+    METRICS = auto()
+    """A key for the metrics, or an admin's."""
     ADMIN = auto()
 
 
@@ -37,6 +39,7 @@ _NEEDS = {
     Need.KEY: {"/docs", "/openapi.json", "/version"},
     Need.REQUEST: {"/v1/features/stream"},
     Need.CHAT: {"/v1/models", "/v1/completions", "/v1/chat/completions"},
+    Need.METRICS: {"/metrics"},
 }
 _BELOW = {
     "/static/": Need.NOTHING,
@@ -84,6 +87,12 @@ def wrong_key() -> Refusal:
     return Refusal("keys", 401, message, "invalid_api_key")
 
 
+def for_metrics_alone() -> Refusal:
+    return Refusal(
+        "rights", 403, "this key is for /metrics alone; give a user's key, or an admin's."
+    )
+
+
 def not_an_admin(rights: Rights, what: str = "this") -> Refusal:
     if not rights.names:
         return no_key()
@@ -123,7 +132,7 @@ class Access:
         if key is not None:
             given, is_vllms = self._rights_of(key)
             if self.keys and not given.names:
-                raise wrong_key()
+                raise for_metrics_alone() if given.metrics else wrong_key()
             rights = _both(rights, given)
             vllm_key = key if is_vllms or not self.keys else vllm_key
         if secret is not None:
@@ -137,7 +146,7 @@ class Access:
     def _by_key(self, authorization: str) -> Caller:
         scheme, _, key = authorization.partition(" ")
         rights, is_vllms = self._rights_of(key.strip())
-        if scheme.lower() != "bearer" or not rights.names:
+        if scheme.lower() != "bearer" or not (rights.names or rights.metrics):
             raise wrong_key()
         return Caller(rights, None, authorization if is_vllms else None)
 
@@ -145,15 +154,16 @@ class Access:
         """And whether it is one of vLLM's."""
         shown = digest(key)
         admin, user = is_among(shown, self.keys.admin), is_among(shown, self.keys.user)
-        return Rights(everything=admin, lists=admin, names=admin or user), user
+        metrics = admin or is_among(shown, self.keys.metrics)
+        return Rights(everything=admin, lists=admin, names=admin or user, metrics=metrics), user
 
     def _check(self, need: Need, caller: Caller) -> None:
         rights = caller.rights
-        if need is Need.NOTHING:
+        if need is Need.NOTHING or (need is Need.METRICS and rights.metrics):
             return
         if not rights.names and not (need is Need.REQUEST and self._opens_one(rights)):
-            raise no_key()
-        if need is Need.ADMIN and not rights.lists:
+            raise for_metrics_alone() if rights.metrics else no_key()
+        if need in (Need.ADMIN, Need.METRICS) and not rights.lists:
             raise not_an_admin(rights)
         if need is Need.CHAT and self.keys.user and caller.authorization is None:
             raise no_key("chats need one of vLLM's own keys, which an admin key is not")
@@ -176,6 +186,7 @@ def _both(one: Rights, other: Rights) -> Rights:
         everything=one.everything or other.everything,
         lists=one.lists or other.lists,
         names=one.names or other.names,
+        metrics=one.metrics or other.metrics,
         shown=one.shown | other.shown,
     )
 

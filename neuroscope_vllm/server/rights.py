@@ -13,12 +13,14 @@ class Rights:
     everything: Admins read all requests, whatever their secret.
     lists: It need not name a request: the stream of all, and the list of those kept.
     names: It reads requests without a secret, if it can name them.
+    metrics: It reads the metrics.
     shown: Digests of the stream secrets that it showed.
     """
 
     everything: bool = False
     lists: bool = False
     names: bool = False
+    metrics: bool = False
     shown: frozenset[bytes] = frozenset()
 
     def may_read(self, secret: bytes | None) -> bool:
@@ -30,4 +32,4 @@ class Rights:
         return is_among(secret, self.shown)
 
 
-ALL = Rights(everything=True, lists=True, names=True)
+ALL = Rights(everything=True, lists=True, names=True, metrics=True)

@@ -14,6 +14,7 @@ from neuroscope_vllm.engine.fake import FakeEngine, Script
 from tests.server.access import (
     ADMIN,
     KEYED_ROWS,
+    METRICS,
     OPEN_ROWS,
     OTHER,
     SECRET,
@@ -76,7 +77,11 @@ def keyed(tmp_path_factory: pytest.TempPathFactory, upstream: Upstream) -> Itera
     side = start_side(
         tmp_path_factory.mktemp("keyed"),
         upstream=upstream.url,
-        keys=KeyDigests(admin=[digest("another-admin-key"), digest(ADMIN)], user=[digest(USER)]),
+        keys=KeyDigests(
+            admin=[digest("another-admin-key"), digest(ADMIN)],
+            user=[digest(USER)],
+            metrics=[digest(METRICS)],
+        ),
         settings={"allowed_origins": [ORIGIN]},
     )
     yield side
@@ -105,7 +110,8 @@ PROBES = {
         ("POST", "/v1/chat/completions"),
         ("POST", "/v1/completions"),
     ],
-    "all else, as `/metrics`": [("GET", "/metrics"), ("GET", "/v1/whatever"), ("POST", "/debug")],
+    "`/metrics`": [("GET", "/metrics")],
+    "all else": [("GET", "/v1/whatever"), ("POST", "/debug")],
 }
 
 
@@ -128,7 +134,7 @@ def test_cell(
     expected = ROWS[row][COLUMNS.index(column)]
     for method, path in PROBES[column]:
         got = status(side, method, path, headers)
-        if expected == "yes" and column == "all else, as `/metrics`":
+        if expected == "yes" and column == "all else":
             assert got in ("yes", "404"), path  # there is nothing, but it is let through
         else:
             assert got == expected, (method, path)
@@ -279,6 +285,13 @@ def test_describe_tells_no_request(keyed: Side, engine_of_keyed: FakeEngine):
     assert not any(name in told.text for name in ("plain", "guarded", "twice"))
 
 
+def test_a_metrics_key_begins_no_session(keyed: Side, engine_of_keyed: FakeEngine):
+    answer = http.post(f"{keyed.base}/v1/session", json={"api_key": METRICS})
+    assert answer.status_code == 403
+    assert "for /metrics alone" in answer.json()["error"]["message"]
+    assert "set-cookie" not in answer.headers
+
+
 def test_chats_go_on_with_vllms_key_alone(keyed: Side, upstream: Upstream):
     def chat(headers: Headers) -> tuple[int, str | None]:
         upstream.seen.clear()
@@ -306,8 +319,9 @@ def test_a_side_process_has_no_secret_of_its_parents(
 ):
     monkeypatch.setenv("VLLM_API_KEY", USER)
     monkeypatch.setenv("NEUROSCOPE_ADMIN_KEYS", ADMIN)
-    side = new_side(keys=KeyDigests([digest(ADMIN)], [digest(USER)]))
+    monkeypatch.setenv("NEUROSCOPE_METRICS_KEYS", METRICS)
+    side = new_side(keys=KeyDigests([digest(ADMIN)], [digest(USER)], [digest(METRICS)]))
     kept = Path(f"/proc/{side.process.pid}/environ").read_bytes()
     kept += (side.process.directory / "side.json").read_bytes()
     kept += Path(f"/proc/{side.process.pid}/cmdline").read_bytes()
-    assert not any(one.encode() in kept for one in (USER, ADMIN))
+    assert not any(one.encode() in kept for one in (USER, ADMIN, METRICS))

@@ -20,7 +20,7 @@ from vllm.config import VllmConfig
 
 from neuroscope_vllm.core import access, launch
 from neuroscope_vllm.core.config import (
-    ADMIN_KEYS_VARIABLE,
+    KEYS_VARIABLES,
     RUNTIME_VARIABLE,
     Settings,
     asked_for,
@@ -194,7 +194,8 @@ def _endpoint(
         model_source=_model_source(vllm_config),
         keys=door.keys,
     )
-    os.environ.pop(ADMIN_KEYS_VARIABLE, None)  # nobody else in this engine has use for them
+    for name in KEYS_VARIABLES:
+        os.environ.pop(name, None)  # nobody else in this engine has use for them
     atexit.register(side.stop)
     layers = ", ".join(str(site.layer) for site in sites)
     logger.info(
