@@ -174,7 +174,8 @@ def _bounded(receive: Receive, limit: int) -> Receive:
 
 def _with_own_cookie(scope: Scope) -> list[tuple[bytes, bytes]]:
     """The headers, but of cookies ours alone: those of other ports come along, FastAPI reads all
-    for every route, and Python before 3.11.10 takes seconds for one of many backslashes."""
+    for every route, and Python before 3.11.10 and 3.12.6 takes seconds for one of many
+    backslashes."""
     ours = b"%b=" % cookie_name(scope).encode()
     given = (value for name, value in scope["headers"] if name == b"cookie")
     cookies = (one.strip() for value in given for one in value.split(b";"))
