@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from pathlib import Path
@@ -42,6 +43,8 @@ def command(model: str, **flags: Any) -> None:
 
             settings = named(settings, model)
         keys = access.key_digests(settings, access.vllm_keys())
+        for name in access.SECRET_VARIABLES:
+            os.environ.pop(name, None)  # its children have no use for them
         launch.check_side(settings, keys)
         listener = launch.listen(settings.features_host, settings.features_port)
         config = launch.SideConfig(

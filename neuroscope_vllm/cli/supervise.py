@@ -152,9 +152,8 @@ def run_server(words: list[str], settings: Settings, port: int, print_command: b
     if words[0] == "vllm":
         words = [vllm_executable(), *words[1:]]
     environment = without_settings(os.environ)
-    for name in KEYS_VARIABLES:  # no settings, but the server's all the same
-        if name in os.environ:
-            environment[name] = os.environ[name]
+    if settings.hub is None:  # its side process's, though no settings
+        environment |= {name: os.environ[name] for name in KEYS_VARIABLES if name in os.environ}
     child = subprocess.Popen(words, start_new_session=True, env=environment)
     features = f"http://{url_host(settings.features_host)}:{settings.features_port}"
     announcer = threading.Thread(
