@@ -340,6 +340,17 @@ def test_a_hub_must_be_told_where_to_listen(tokenizer_file: Path) -> None:
     assert "no hub was given" in done.stderr
 
 
+def test_a_hub_that_others_reach_must_have_keys(
+    tokenizer_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+    words = [sys.executable, "-m", "neuroscope_vllm.cli", "hub", str(tokenizer_file.parent)]
+    words += ["--hub", f"ipc://{tmp_path}/hub.sock", "--features-host", "0.0.0.0"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=30)
+    assert done.returncode == 1
+    assert "set VLLM_API_KEY for it" in done.stderr
+
+
 def test_ctrl_c_ends_a_hub_with_a_goodbye(hub: Hub) -> None:
     with hub.open() as events:
         hub.child.send_signal(signal.SIGINT)
