@@ -15,6 +15,8 @@ from neuroscope_vllm.server.hub import Hub
 from neuroscope_vllm.server.rights import Rights
 from neuroscope_vllm.server.sessions import Session, Sessions
 
+KEYLESS = b""
+"""`Rights.who` of all that show a stream secret alone."""
 MOST_SECRETS = 16
 """That one caller may show at a time."""
 
@@ -104,7 +106,7 @@ class Access:
 
     def __init__(self, keys: KeyDigests, hub: Hub) -> None:
         self.keys = keys
-        self.sessions = Sessions()
+        self.sessions = Sessions(hub.counters)
         self._hub = hub
 
     def caller(self, asked: HTTPConnection) -> Caller:
@@ -119,7 +121,7 @@ class Access:
         elif authorization is not None and need is not Need.NOTHING:
             caller = self._by_key(authorization)
         rights = replace(caller.rights, shown=caller.rights.shown | shown)
-        caller = replace(caller, rights=rights)
+        caller = replace(caller, rights=self._sharing(rights))
         if self.keys:
             self._check(need, caller)
         return caller
@@ -141,6 +143,7 @@ class Access:
             raise no_key("no request that is kept here has this stream secret")
         if len(rights.shown) > MOST_SECRETS:
             raise _too_many_secrets()
+        rights = self._sharing(rights)
         return Session(rights, vllm_key) if key else Session(rights, vllm_key, had.ends_at)
 
     def _by_key(self, authorization: str) -> Caller:
@@ -155,7 +158,13 @@ class Access:
         shown = digest(key)
         admin, user = is_among(shown, self.keys.admin), is_among(shown, self.keys.user)
         metrics = admin or is_among(shown, self.keys.metrics)
-        return Rights(everything=admin, lists=admin, names=admin or user, metrics=metrics), user
+        who = shown if user and not admin else None
+        names = admin or user
+        return Rights(everything=admin, lists=admin, names=names, metrics=metrics, who=who), user
+
+    def _sharing(self, rights: Rights) -> Rights:
+        """Who shows no key could give any number of secrets."""
+        return replace(rights, who=KEYLESS) if self.keys and not rights.names else rights
 
     def _check(self, need: Need, caller: Caller) -> None:
         rights = caller.rights
@@ -182,12 +191,14 @@ def _by_session(session: Session | None) -> Caller:
 
 
 def _both(one: Rights, other: Rights) -> Rights:
+    everything = one.everything or other.everything
     return Rights(
-        everything=one.everything or other.everything,
+        everything=everything,
         lists=one.lists or other.lists,
         names=one.names or other.names,
         metrics=one.metrics or other.metrics,
         shown=one.shown | other.shown,
+        who=None if everything else other.who or one.who,
     )
 
 

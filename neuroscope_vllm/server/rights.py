@@ -15,6 +15,8 @@ class Rights:
     names: It reads requests without a secret, if it can name them.
     metrics: It reads the metrics.
     shown: Digests of the stream secrets that it showed.
+    who: With whom it shares what one caller may take: all that show its key, by its digest, or all
+        without a key; None: what it may take has no share.
     """
 
     everything: bool = False
@@ -22,6 +24,7 @@ class Rights:
     names: bool = False
     metrics: bool = False
     shown: frozenset[bytes] = frozenset()
+    who: bytes | None = None
 
     def may_read(self, secret: bytes | None) -> bool:
         """Whether it reads a request whose secret has this digest; None: one without."""

@@ -11,6 +11,7 @@ import pytest
 
 from neuroscope_vllm.core.access import KeyDigests, digest
 from neuroscope_vllm.engine.fake import FakeEngine, Script
+from neuroscope_vllm.server.sessions import MOST, SHARE
 from tests.server.access import (
     ADMIN,
     KEYED_ROWS,
@@ -283,6 +284,48 @@ def test_describe_tells_no_request(keyed: Side, engine_of_keyed: FakeEngine):
     told = keyed.get("/v1/features/describe", headers=bearer(USER))
     assert told.json()["access"] == {"keys": True, "lists": False, "session": False}
     assert not any(name in told.text for name in ("plain", "guarded", "twice"))
+
+
+def test_one_key_takes_a_fourth_of_all_places(new_side: Callable[..., Side]):
+    keys = KeyDigests([digest(ADMIN)], [digest(USER), digest("another-key-of-vllm")])
+    side = new_side(keys=keys, settings={"max_readers": 8})
+    admin, user, other = bearer(ADMIN), bearer(USER), bearer("another-key-of-vllm")
+    session = sign_in(side, {"api_key": USER})
+
+    def ask(headers: Headers) -> str:
+        return status(side, "GET", "/v1/features/stream?request_id=x", headers)
+
+    with side.open("x", headers=user), side.open("x", headers=session):
+        assert ask(user) == ask(session) == ask(sign_in(side, {"api_key": USER})) == "429"
+        with side.open("x", headers=other), side.open("x", headers=other):
+            assert ask(other) == "429"
+        with side.open(headers=admin), side.open(headers=admin), side.open(headers=admin):
+            pass
+        answer = side.get("/v1/features/stream?request_id=x", headers=user)
+        assert int(answer.headers["retry-after"]) > 0
+        assert answer.json()["error"]["type"] == "rate_limit_error"
+        assert "with this key as may be, 1/4 of max_readers (8)" in answer.text
+    wait_until(lambda: ask(user) == "yes")
+    told = side.get("/metrics", headers=admin).text
+    assert 'neuroscope_refused_at_limit_total{what="readers"} 0.0' in told
+    refused = 'neuroscope_refused_at_limit_total{what="readers_of_one_key"}'
+    assert float(told.partition(refused)[2].split()[0]) >= 5
+
+
+def test_sessions_of_one_key_make_no_other_end(new_side: Callable[..., Side]):
+    side = new_side(keys=KeyDigests([digest(ADMIN)], [digest(USER)]))
+    admins, first = (sign_in(side, {"api_key": key}) for key in (ADMIN, USER))
+
+    def knows(session: Headers) -> bool:
+        return side.get("/v1/features/describe", headers=session).status_code == 200
+
+    for _ in range(MOST // SHARE - 1):
+        last = sign_in(side, {"api_key": USER})
+    assert knows(first)
+    last = sign_in(side, {"api_key": USER})
+    assert [knows(one) for one in (admins, first, last)] == [True, False, True]
+    told = side.get("/v1/features/describe", headers=admins).json()["counters"]
+    assert told["sessions_displaced"] == 1
 
 
 def test_a_metrics_key_begins_no_session(keyed: Side, engine_of_keyed: FakeEngine):
