@@ -202,6 +202,11 @@ def _requests(counters: Counter[str]) -> Iterator[Metric]:
     )
     yield gauge("requests_running", "Choices that run.", [([], started - done)])
     yield counter(
+        "requests_started_twice",
+        "Times that the begin of a choice was told while it ran already; that changes nothing.",
+        [([], counters["requests_started_twice"])],
+    )
+    yield counter(
         "tokens",
         "Tokens that stand, of prompts and generated. Those of requests that a side process tells"
         " anew after its start count there again.",
