@@ -91,7 +91,8 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     """Of it, for features of prompts that vLLM may serve from its prefix cache; default: a
     quarter."""
     running_mb: int | None = None
-    """Of it, for requests that run, and rows that wait for theirs; default: an eighth."""
+    """Of it, for requests that run, and rows that wait for theirs or for other pipeline stages;
+    default: an eighth."""
     max_readers: int = 2048
     """Streams read at the same time."""
 
