@@ -44,17 +44,9 @@ for name in sys.argv[1:]:
 def version_checks(backend: str) -> list[Check]:
     section = Section(
         "versions",
-        *(
-            "python",
-            "cookies",
-            "neuroscope",
-            "dependencies",
-            "vllm",
-            "vllm_metadata",
-            "transformers",
-            "torch",
-        ),
-        *("torch_companions", "compiler", "accelerator", "open_files", "shared_memory"),
+        *("python", "cookies", "neuroscope", "dependencies", "vllm", "vllm_metadata"),
+        *("transformers", "torch", "torch_companions", "compiler", "accelerator", "open_files"),
+        "shared_memory",
     )
     section.ok("python", f"{platform.python_version()}, {sys.executable}")
     _cookies(section)

@@ -153,6 +153,12 @@ def _arrivals(counters: Counter[str]) -> Iterator[Metric]:
         "Times that an engine told all its requests anew, because messages were lost.",
         [([], counters["resyncs"])],
     )
+    yield counter(
+        "hub_steps_incomplete",
+        "Steps of which a pipeline stage said nothing in time, or that there was no room to wait"
+        " with; they are told without its layers.",
+        [([], counters["steps_incomplete"])],
+    )
     yield counter("hub_rows", "Feature rows that came from engines.", [([], counters["rows"])])
     reasons = ("rejected", "recomputed", "after_end", "unknown_request", "held_too_long")
     names = {why: f"rows_{why}" for why in reasons} | {"unknown_request": "rows_of_unknown_request"}
@@ -183,6 +189,11 @@ def _refusals(counters: Counter[str]) -> Iterator[Metric]:
         + ".",
         by_label(counters, {kind: f"refused_{kind}" for kind in REFUSED}),
         ["reason"],
+    )
+    yield counter(
+        "sessions_displaced",
+        "Sessions of browsers that ended early, because their key or all together had too many.",
+        [([], counters["sessions_displaced"])],
     )
     yield counter(
         "hub_ticks_failed",

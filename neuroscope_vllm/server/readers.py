@@ -9,7 +9,7 @@ from neuroscope_vllm.server.subscribe import AllRequests, EventId, OneRequest
 from neuroscope_vllm.server.traces import Log, Trace, TraceStore
 
 SHARE = 4
-"""A caller that is no admin may have a fourth of the places."""
+"""A caller that is no admin may have a quarter of the places."""
 
 
 class TooManyReaders(Exception):
@@ -25,7 +25,7 @@ class Readers:
 
     So this also bounds the names that are waited for. `subscribe_all` and `subscribe` raise
     TooManyReaders, which is counted in `readers_refused`, or TooManyOfOne, counted in
-    `readers_of_one_key_refused`: those that have the same `Rights.who` together may be `share`.
+    `readers_of_one_key_refused`: those of the same `Rights.who` together may be a quarter.
     """
 
     def __init__(

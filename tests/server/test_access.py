@@ -9,7 +9,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from neuroscope_vllm.core.access import KeyDigests, digest
+from neuroscope_vllm.core.access import SECRET_HEADER, KeyDigests, digest
 from neuroscope_vllm.engine.fake import FakeEngine, Script
 from neuroscope_vllm.server.sessions import MOST, SHARE
 from tests.server.access import (
@@ -286,7 +286,7 @@ def test_describe_tells_no_request(keyed: Side, engine_of_keyed: FakeEngine):
     assert not any(name in told.text for name in ("plain", "guarded", "twice"))
 
 
-def test_one_key_takes_a_fourth_of_all_places(new_side: Callable[..., Side]):
+def test_one_key_takes_a_quarter_of_all_places(new_side: Callable[..., Side]):
     keys = KeyDigests([digest(ADMIN)], [digest(USER), digest("another-key-of-vllm")])
     side = new_side(keys=keys, settings={"max_readers": 8})
     admin, user, other = bearer(ADMIN), bearer(USER), bearer("another-key-of-vllm")
@@ -312,6 +312,24 @@ def test_one_key_takes_a_fourth_of_all_places(new_side: Callable[..., Side]):
     assert float(told.partition(refused)[2].split()[0]) >= 5
 
 
+def test_those_without_a_key_share_one_part_whatever_they_show(new_side: Callable[..., Side]):
+    keys = KeyDigests([digest(ADMIN)], [digest(USER)])
+    side = new_side(keys=keys, settings={"max_readers": 8})
+    with FakeEngine(side.endpoint) as engine:
+        side.wait_armed()
+        engine.run("hidden", [1, 2], [3], Script(secret=SECRET))
+        wait_until(lambda: "hidden" in listed(side, bearer(ADMIN)))
+    shown = [(SECRET_HEADER, value) for value in (SECRET, OTHER)]
+    path = "/v1/features/stream?request_id=x"
+    session = sign_in(side, {"stream_secret": SECRET})
+    with side.open("x", headers=secret()), side.open("x", headers=session):
+        refused = side.get(path, headers=shown)
+        assert refused.status_code == 429
+        assert "are read without a key" in refused.text
+        with side.open("x", headers=bearer(USER) | secret()):
+            pass
+
+
 def test_sessions_of_one_key_make_no_other_end(new_side: Callable[..., Side]):
     side = new_side(keys=KeyDigests([digest(ADMIN)], [digest(USER)]))
     admins, first = (sign_in(side, {"api_key": key}) for key in (ADMIN, USER))
@@ -324,8 +342,7 @@ def test_sessions_of_one_key_make_no_other_end(new_side: Callable[..., Side]):
     assert knows(first)
     last = sign_in(side, {"api_key": USER})
     assert [knows(one) for one in (admins, first, last)] == [True, False, True]
-    told = side.get("/v1/features/describe", headers=admins).json()["counters"]
-    assert told["sessions_displaced"] == 1
+    assert "neuroscope_sessions_displaced_total 1.0" in side.get("/metrics", headers=admins).text
 
 
 def test_a_metrics_key_begins_no_session(keyed: Side, engine_of_keyed: FakeEngine):
