@@ -18,6 +18,7 @@ LOSSES = (
     *("messages_failed", "rows_dropped", "rows_failed", "rows_held_too_long"),
     *("rows_of_unknown_request", "requests_failed", "tokens_missed", "tokens_of_unknown_request"),
     *("connections_refused", "senders_refused", "requests_refused", "readers_refused"),
+    *("readers_of_one_key_refused", "steps_incomplete"),
     *("passed_refused", "ticks_failed", "record_requests_dropped", "record_requests_failed"),
     *("otel_events_dropped", "otel_events_failed"),
 )

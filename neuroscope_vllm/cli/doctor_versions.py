@@ -10,6 +10,8 @@ import platform
 import shutil
 import subprocess
 import sys
+import time
+from http.cookies import SimpleCookie
 from importlib import metadata
 from pathlib import Path
 
@@ -25,6 +27,9 @@ COMPANIONS = ("torchvision", "torchaudio", "torchcodec")
 OPEN_FILES = 4096
 """Each reader and each chat takes one."""
 SHARED_MEMORY_GIB = 1.0
+COOKIE_BYTES = 10_000
+COOKIE_S = 0.05
+"""Where Python is well it takes a few milliseconds."""
 IMPORT_TIMEOUT_S = 120
 _IMPORT_EACH = """
 import importlib, sys
@@ -39,10 +44,12 @@ for name in sys.argv[1:]:
 def version_checks(backend: str) -> list[Check]:
     section = Section(
         "versions",
-        *("python", "neuroscope", "dependencies", "vllm", "vllm_metadata", "transformers", "torch"),
-        *("torch_companions", "compiler", "accelerator", "open_files", "shared_memory"),
+        *("python", "cookies", "neuroscope", "dependencies", "vllm", "vllm_metadata"),
+        *("transformers", "torch", "torch_companions", "compiler", "accelerator", "open_files"),
+        "shared_memory",
     )
     section.ok("python", f"{platform.python_version()}, {sys.executable}")
+    _cookies(section)
     _limits(section)
     _accelerator(section)
     _companions(section)
@@ -61,6 +68,25 @@ def version_checks(backend: str) -> list[Check]:
         _transformers(section, _requirements(OURS, "hf"), "the server on transformers")
         _torch(section, OURS)
     return section.done("with --backend transformers no vLLM runs")
+
+
+def _cookies(section: Section) -> None:
+    """CVE-2024-7592. By what it does: distributions mend older versions, too."""
+    cookie = 'a="' + "\\" * COOKIE_BYTES + '"'
+    began = time.process_time()
+    SimpleCookie(cookie)
+    took = time.process_time() - began
+    if took > COOKIE_S:
+        section.warn(
+            "cookies",
+            f"this Python takes {took:.1f} s to read a cookie of {COOKIE_BYTES} backslashes, and"
+            " four times as long for two times as many (CVE-2024-7592), so anybody who reaches"
+            " vLLM's port can stall its server, without a key too.",
+            "Use Python 3.11.10, 3.12.6, or a later one, or a proxy that drops cookies before vLLM;"
+            " the features port and the server on transformers read none but their own.",
+        )
+    else:
+        section.ok("cookies", f"one of {COOKIE_BYTES} backslashes is read at once")
 
 
 def installed(name: str) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from pathlib import Path
@@ -23,6 +24,9 @@ def command(model: str, **flags: Any) -> None:
 
     MODEL, a folder or a repository of the Hugging Face hub, gives the tokenizer. Engines connect
     to --hub, as their own setting `hub` says; over TCP all need the file of --hub-keys.
+
+    An --api-key of vLLM is not seen from here: users' key is the one in VLLM_API_KEY, admins' are
+    in --admin-keys-file. Without either, features are for this machine alone.
     """
     from neuroscope_vllm.core import access, launch
     from neuroscope_vllm.core.keys import hub_endpoint
@@ -42,6 +46,8 @@ def command(model: str, **flags: Any) -> None:
 
             settings = named(settings, model)
         keys = access.key_digests(settings, access.vllm_keys())
+        for name in access.SECRET_VARIABLES:
+            os.environ.pop(name, None)  # its children have no use for them
         launch.check_side(settings, keys)
         listener = launch.listen(settings.features_host, settings.features_port)
         config = launch.SideConfig(

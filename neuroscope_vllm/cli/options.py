@@ -41,6 +41,7 @@ _FLAGS = [
     click.option("--features-host", help="Address of the feature stream (127.0.0.1)."),
     click.option("--features-port", type=int, help="Port of the feature stream (8081)."),
     click.option("--admin-keys-file", help="File of keys that read everything, one a line."),
+    click.option("--metrics-keys-file", help="File of keys that read /metrics alone."),
     click.option("--allowed-origins", multiple=True, help="Origin of a page that may ask there."),
     click.option("--hub", help="Hub that runs apart: tcp://host:port or ipc://path."),
     click.option("--hub-keys", help="Key file of a tcp:// hub."),

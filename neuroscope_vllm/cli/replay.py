@@ -13,8 +13,8 @@ HELP = """Tell the requests of a recording again: page, API and stream, without 
 
 DIR is the folder of `serve --record`, or a file that `export --parquet` wrote. All has the ids that
 it had. Unless at once, it begins when somebody reads the stream or opens the page; pauses in which
-nothing ran are cut to a second. What was told stays until Ctrl-C; a file that turns out to be
-damaged ends it with exit code 1.
+nothing ran are cut to a second. Who reads a request with a stream secret must show it here, too.
+What was told stays until Ctrl-C; a file that turns out to be damaged ends it with exit code 1.
 """
 
 

@@ -27,7 +27,7 @@ from rich.console import Console
 from neuroscope_vllm.cli.options import check_device
 from neuroscope_vllm.core.access import VLLM_KEY_VARIABLE, admin_keys, vllm_keys
 from neuroscope_vllm.core.config import (
-    ADMIN_KEYS_VARIABLE,
+    KEYS_VARIABLES,
     Settings,
     settings_dict,
     without_settings,
@@ -152,8 +152,8 @@ def run_server(words: list[str], settings: Settings, port: int, print_command: b
     if words[0] == "vllm":
         words = [vllm_executable(), *words[1:]]
     environment = without_settings(os.environ)
-    if ADMIN_KEYS_VARIABLE in os.environ:  # no setting, but the server's all the same
-        environment[ADMIN_KEYS_VARIABLE] = os.environ[ADMIN_KEYS_VARIABLE]
+    if settings.hub is None:  # its side process's, though no settings
+        environment |= {name: os.environ[name] for name in KEYS_VARIABLES if name in os.environ}
     child = subprocess.Popen(words, start_new_session=True, env=environment)
     features = f"http://{url_host(settings.features_host)}:{settings.features_port}"
     announcer = threading.Thread(

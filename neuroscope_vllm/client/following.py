@@ -86,7 +86,8 @@ class Following:
         """
         if response.status_code == 204:
             return False
-        if response.status_code >= 500 and self._connected_at is not None:
+        passing = response.status_code >= 500 or response.status_code == 429
+        if passing and self._connected_at is not None:
             raise SSEError(f"status {response.status_code}")  # the next may be better
         if response.status_code != 200:
             raise calls.refusal(response)

@@ -15,11 +15,16 @@ from pathlib import Path
 
 import msgspec
 
-from neuroscope_vllm.core.config import ADMIN_KEYS_VARIABLE, Settings
+from neuroscope_vllm.core.config import (
+    ADMIN_KEYS_VARIABLE,
+    KEYS_VARIABLES,
+    METRICS_KEYS_VARIABLE,
+    Settings,
+)
 from neuroscope_vllm.core.errors import ConfigError
 
 VLLM_KEY_VARIABLE = "VLLM_API_KEY"
-SECRET_VARIABLES = (ADMIN_KEYS_VARIABLE, VLLM_KEY_VARIABLE)
+SECRET_VARIABLES = (*KEYS_VARIABLES, VLLM_KEY_VARIABLE)
 """What a side process has no need of: it knows digests."""
 SECRET_HEADER = "X-Neuroscope-Stream-Secret"
 SECRET_PATTERN = "^[!-~]{16,256}$"
@@ -28,10 +33,12 @@ SECRET_FORM = "has 16 to 256 printable ASCII characters, and no spaces"
 
 
 class KeyDigests(msgspec.Struct, frozen=True):
-    """Digests of the keys that read everything, and of vLLM's own, which read what they name."""
+    """Digests of the keys that read everything, of vLLM's own, which read what they name, and of
+    those that read the metrics alone; without one of the first two nothing is guarded."""
 
     admin: list[bytes] = []
     user: list[bytes] = []
+    metrics: list[bytes] = []
 
     def __bool__(self) -> bool:
         return bool(self.admin or self.user)
@@ -49,8 +56,9 @@ def is_among(shown: bytes, digests: Iterable[bytes]) -> bool:
 
 
 def key_digests(settings: Settings, vllm_keys: Iterable[str]) -> KeyDigests:
-    """Admin keys of file and environment, and vLLM's. Raises ConfigError as `admin_keys`."""
-    return KeyDigests([digest(key) for key in admin_keys(settings)], list(map(digest, vllm_keys)))
+    """Those of files and environment, and vLLM's. Raises ConfigError as `admin_keys`."""
+    kinds = admin_keys(settings), vllm_keys, _metrics_keys(settings)
+    return KeyDigests(*(list(map(digest, keys)) for keys in kinds))
 
 
 def vllm_keys() -> list[str]:
@@ -62,12 +70,21 @@ def vllm_keys() -> list[str]:
 def admin_keys(settings: Settings) -> list[str]:
     """In clear. Raises ConfigError on a file that is missing, readable by others, or without keys,
     and on a key that could be guessed."""
-    given = os.environ.get(ADMIN_KEYS_VARIABLE, "").split(",")
+    return _keys(ADMIN_KEYS_VARIABLE, "admin_keys_file", settings.admin_keys_file)
+
+
+def _metrics_keys(settings: Settings) -> list[str]:
+    return _keys(METRICS_KEYS_VARIABLE, "metrics_keys_file", settings.metrics_keys_file)
+
+
+def _keys(variable: str, setting: str, file: str | None) -> list[str]:
+    """`setting`: the name of the one whose value is `file`."""
+    given = os.environ.get(variable, "").split(",")
     keys = [key.strip() for key in given if key.strip()]
-    where = ADMIN_KEYS_VARIABLE
-    if settings.admin_keys_file is not None:
-        where = f"admin_keys_file {settings.admin_keys_file}"
-        lines = _read_secret(Path(settings.admin_keys_file).expanduser()).splitlines()
+    where = variable
+    if file is not None:
+        where = f"{setting} {file}"
+        lines = _read_secret(setting, Path(file).expanduser()).splitlines()
         found = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
         if not found:
             raise ConfigError(f"{where} holds no key; write one a line.")
@@ -75,23 +92,23 @@ def admin_keys(settings: Settings) -> list[str]:
     for key in keys:
         if not re.fullmatch(SECRET_PATTERN, key):
             raise ConfigError(
-                f"an admin key of {where} is no good: one {SECRET_FORM}; make one with `openssl"
-                " rand -hex 24`."
+                f"a key of {where} is no good: one {SECRET_FORM}; make one with `openssl rand -hex"
+                " 24`."
             )
     return keys
 
 
-def _read_secret(path: Path) -> str:
+def _read_secret(setting: str, path: Path) -> str:
     try:
         with path.open() as file:
             mode = os.fstat(file.fileno()).st_mode
             content = file.read(1 << 16)
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is no text"
-        raise ConfigError(f"admin_keys_file {path} can not be read ({reason}).") from None
+        raise ConfigError(f"{setting} {path} can not be read ({reason}).") from None
     if mode & 0o077:
         raise ConfigError(
-            f"admin_keys_file {path} can be read by other users (mode {mode & 0o777:o}) and is a"
+            f"{setting} {path} can be read by other users (mode {mode & 0o777:o}) and is a"
             f" secret; run chmod 600 {path}."
         )
     return content

@@ -26,6 +26,9 @@ RUNTIME_VARIABLE = "NEUROSCOPE_RUNTIME"
 """Set by us for child processes: the running side process's directory."""
 CACHE_VARIABLE = "NEUROSCOPE_CACHE"
 ADMIN_KEYS_VARIABLE = "NEUROSCOPE_ADMIN_KEYS"
+METRICS_KEYS_VARIABLE = "NEUROSCOPE_METRICS_KEYS"
+KEYS_VARIABLES = (ADMIN_KEYS_VARIABLE, METRICS_KEYS_VARIABLE)
+"""Of the front process, which hands digests on."""
 API_KEY_VARIABLE = "NEUROSCOPE_API_KEY"
 """The key that clients show; no business of servers."""
 _NOT_SETTINGS = {
@@ -33,7 +36,7 @@ _NOT_SETTINGS = {
     RUNTIME_VARIABLE,
     CACHE_VARIABLE,
     DATA_VARIABLE,
-    ADMIN_KEYS_VARIABLE,
+    *KEYS_VARIABLES,
     API_KEY_VARIABLE,
 }
 _ORIGIN = re.compile(r"https?://(\[[0-9a-f:]+\]|[a-z0-9.-]+)(:\d{1,5})?")
@@ -66,6 +69,8 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     features_port: int = 8081
     admin_keys_file: str | None = None
     """File, mode 600, of keys that read everything, one a line; more in NEUROSCOPE_ADMIN_KEYS."""
+    metrics_keys_file: str | None = None
+    """The same of keys that read /metrics alone; more in NEUROSCOPE_METRICS_KEYS."""
     allowed_origins: list[str] = []
     """Origins of pages elsewhere that may ask the features port, with a key in their requests."""
     upstream: str | None = None
@@ -86,7 +91,8 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     """Of it, for features of prompts that vLLM may serve from its prefix cache; default: a
     quarter."""
     running_mb: int | None = None
-    """Of it, for requests that run, and rows that wait for theirs; default: an eighth."""
+    """Of it, for requests that run, and rows that wait for theirs or for other pipeline stages;
+    default: an eighth."""
     max_readers: int = 2048
     """Streams read at the same time."""
 

@@ -164,7 +164,8 @@ def check_bind(settings: Settings, keys: KeyDigests) -> None:
     if not local and not keys:
         raise ConfigError(
             f"features_host is {host}, which other machines can reach, and features are user text"
-            " that no key guards; give vLLM an --api-key or name an admin_keys_file, or use"
+            " that no key guards; give vLLM an --api-key (`neuroscope hub` does not see that one:"
+            " set VLLM_API_KEY for it) or name an admin_keys_file, or use"
             " 127.0.0.1 and a tunnel (ssh -L)."
         )
 

@@ -15,6 +15,8 @@ from neuroscope_vllm.server.hub import Hub
 from neuroscope_vllm.server.rights import Rights
 from neuroscope_vllm.server.sessions import Session, Sessions
 
+KEYLESS = b""
+"""`Rights.who` of all that show a stream secret alone."""
 MOST_SECRETS = 16
 """That one caller may show at a time."""
 
@@ -29,6 +31,8 @@ class Need(Enum):
     """A key, or the secret of a request that is kept; the route looks which requests it reads."""
     CHAT = auto()
     """A key of vLLM's own, if it has any."""
+    METRICS = auto()
+    """A key for the metrics, or an admin's."""
     ADMIN = auto()
 
 
@@ -37,6 +41,7 @@ _NEEDS = {
     Need.KEY: {"/docs", "/openapi.json", "/version"},
     Need.REQUEST: {"/v1/features/stream"},
     Need.CHAT: {"/v1/models", "/v1/completions", "/v1/chat/completions"},
+    Need.METRICS: {"/metrics"},
 }
 _BELOW = {
     "/static/": Need.NOTHING,
@@ -84,6 +89,12 @@ def wrong_key() -> Refusal:
     return Refusal("keys", 401, message, "invalid_api_key")
 
 
+def for_metrics_alone() -> Refusal:
+    return Refusal(
+        "rights", 403, "this key is for /metrics alone; give a user's key, or an admin's."
+    )
+
+
 def not_an_admin(rights: Rights, what: str = "this") -> Refusal:
     if not rights.names:
         return no_key()
@@ -95,7 +106,7 @@ class Access:
 
     def __init__(self, keys: KeyDigests, hub: Hub) -> None:
         self.keys = keys
-        self.sessions = Sessions()
+        self.sessions = Sessions(hub.counters)
         self._hub = hub
 
     def caller(self, asked: HTTPConnection) -> Caller:
@@ -110,7 +121,7 @@ class Access:
         elif authorization is not None and need is not Need.NOTHING:
             caller = self._by_key(authorization)
         rights = replace(caller.rights, shown=caller.rights.shown | shown)
-        caller = replace(caller, rights=rights)
+        caller = replace(caller, rights=self._sharing(rights))
         if self.keys:
             self._check(need, caller)
         return caller
@@ -123,7 +134,7 @@ class Access:
         if key is not None:
             given, is_vllms = self._rights_of(key)
             if self.keys and not given.names:
-                raise wrong_key()
+                raise for_metrics_alone() if given.metrics else wrong_key()
             rights = _both(rights, given)
             vllm_key = key if is_vllms or not self.keys else vllm_key
         if secret is not None:
@@ -132,12 +143,13 @@ class Access:
             raise no_key("no request that is kept here has this stream secret")
         if len(rights.shown) > MOST_SECRETS:
             raise _too_many_secrets()
+        rights = self._sharing(rights)
         return Session(rights, vllm_key) if key else Session(rights, vllm_key, had.ends_at)
 
     def _by_key(self, authorization: str) -> Caller:
         scheme, _, key = authorization.partition(" ")
         rights, is_vllms = self._rights_of(key.strip())
-        if scheme.lower() != "bearer" or not rights.names:
+        if scheme.lower() != "bearer" or not (rights.names or rights.metrics):
             raise wrong_key()
         return Caller(rights, None, authorization if is_vllms else None)
 
@@ -145,15 +157,22 @@ class Access:
         """And whether it is one of vLLM's."""
         shown = digest(key)
         admin, user = is_among(shown, self.keys.admin), is_among(shown, self.keys.user)
-        return Rights(everything=admin, lists=admin, names=admin or user), user
+        metrics = admin or is_among(shown, self.keys.metrics)
+        who = shown if user and not admin else None
+        names = admin or user
+        return Rights(everything=admin, lists=admin, names=names, metrics=metrics, who=who), user
+
+    def _sharing(self, rights: Rights) -> Rights:
+        """Who shows no key could give any number of secrets."""
+        return replace(rights, who=KEYLESS) if self.keys and not rights.names else rights
 
     def _check(self, need: Need, caller: Caller) -> None:
         rights = caller.rights
-        if need is Need.NOTHING:
+        if need is Need.NOTHING or (need is Need.METRICS and rights.metrics):
             return
         if not rights.names and not (need is Need.REQUEST and self._opens_one(rights)):
-            raise no_key()
-        if need is Need.ADMIN and not rights.lists:
+            raise for_metrics_alone() if rights.metrics else no_key()
+        if need in (Need.ADMIN, Need.METRICS) and not rights.lists:
             raise not_an_admin(rights)
         if need is Need.CHAT and self.keys.user and caller.authorization is None:
             raise no_key("chats need one of vLLM's own keys, which an admin key is not")
@@ -172,11 +191,14 @@ def _by_session(session: Session | None) -> Caller:
 
 
 def _both(one: Rights, other: Rights) -> Rights:
+    everything = one.everything or other.everything
     return Rights(
-        everything=one.everything or other.everything,
+        everything=everything,
         lists=one.lists or other.lists,
         names=one.names or other.names,
+        metrics=one.metrics or other.metrics,
         shown=one.shown | other.shown,
+        who=None if everything else other.who or one.who,
     )
 
 

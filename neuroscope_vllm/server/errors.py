@@ -20,6 +20,7 @@ _TYPES = {
     405: "invalid_request_error",
     409: "conflict_error",
     413: "invalid_request_error",
+    429: "rate_limit_error",
     431: "invalid_request_error",
 }
 
@@ -35,7 +36,7 @@ class ApiError(Exception):
         code: str | None = None,
         retry_after: int | None = None,
     ) -> None:
-        """`retry_after`: seconds, for a 503 that will pass."""
+        """`retry_after`: seconds, for one that will pass."""
         super().__init__(message)
         self.status = status
         self.headers: dict[str, str] = {}

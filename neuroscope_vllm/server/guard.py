@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import ipaddress
 import logging
+import re
 import time
 from collections import Counter
 
 from fastapi import FastAPI
 from starlette.datastructures import MutableHeaders
 from starlette.middleware.cors import CORSMiddleware
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import HTTPConnection, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -28,7 +28,7 @@ MAX_PARAMETERS = 64
 """FastAPI's time for a query grows with the square of them."""
 MAX_COOKIE = 128
 LOG_INTERVAL_S = 10.0
-OWN_HOSTS = ("127.0.0.1", "localhost", "::1", "[::1]")
+OWN_HOST = re.compile(r"(127\.0\.0\.1|localhost|\[::1\]|::1)(:\d{1,5})?", re.IGNORECASE)
 SESSION = "/v1/session"
 SAFE = ("GET", "HEAD", "OPTIONS")
 HEADERS = {
@@ -48,6 +48,7 @@ REFUSED = {
     "without_key": "for want of a key",
     "keys": "for a wrong key",
     "rights": "for a key that may not",
+    "hosts": "as asked by another name than this machine's",
     "origins": "as asked by a page elsewhere",
     "secrets": "for too many secrets",
     "bodies": "for a body too large",
@@ -96,10 +97,6 @@ def install(app: FastAPI, access: Access, refusals: Refusals, allowed_origins: l
             allow_headers=["authorization", "last-event-id", "x-request-id", SECRET_HEADER],
             expose_headers=["x-request-id"],
         )
-    if not access.keys:
-        # A page elsewhere could rebind its own name to this address and read the stream. Where
-        # there are keys it could not: keys and cookies of this server are unknown to its name.
-        app.add_middleware(TrustedHostMiddleware, allowed_hosts=OWN_HOSTS)
     app.add_middleware(StrictHeaders)
 
 
@@ -124,6 +121,7 @@ class Guard:
             limit = MAX_CHAT if need_of(scope["path"]) is Need.CHAT else MAX_BODY
             try:
                 _check_size(scope, asked.headers.get("content-length"), limit)
+                self._check_host(asked)
                 caller = self._access.caller(asked)
                 self._check_origin(asked, caller)
             except Refusal as refusal:
@@ -133,6 +131,16 @@ class Guard:
             scope["state"] = {**scope.get("state", {}), "caller": caller}
             receive = _bounded(receive, limit)
         await self._app(scope, receive, send)
+
+    def _check_host(self, asked: HTTPConnection) -> None:
+        """A page elsewhere could rebind its own name to this address and read the stream. Where
+        there are keys it could not: keys and cookies of this server are unknown to its name."""
+        if not self._access.keys and not OWN_HOST.fullmatch(asked.headers.get("host", "")):
+            message = (
+                "without keys this server answers to 127.0.0.1, localhost and [::1] alone, and was"
+                " asked by another name; use one of these, or start it with a key."
+            )
+            raise Refusal("hosts", 400, message)
 
     def _check_origin(self, asked: HTTPConnection, caller: Caller) -> None:
         """What changes something must not be asked by a page elsewhere, but one that is allowed and
@@ -174,7 +182,8 @@ def _bounded(receive: Receive, limit: int) -> Receive:
 
 def _with_own_cookie(scope: Scope) -> list[tuple[bytes, bytes]]:
     """The headers, but of cookies ours alone: those of other ports come along, FastAPI reads all
-    for every route, and Python before 3.11.10 takes seconds for one of many backslashes."""
+    for every route, and Python before 3.11.10 and 3.12.6 takes seconds for one of many
+    backslashes."""
     ours = b"%b=" % cookie_name(scope).encode()
     given = (value for name, value in scope["headers"] if name == b"cookie")
     cookies = (one.strip() for value in given for one in value.split(b";"))

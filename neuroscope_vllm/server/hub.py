@@ -81,7 +81,7 @@ class Hub:
         self.prefixes = PrefixCache(parts.prefix)
         self.budget = Budget(parts.running)
         self.join = Join(self.prefixes, self.budget, self.counters)
-        self._stages = Stages()
+        self._stages = Stages(self.budget, self.counters)
         self._open: dict[str, _Open] = {}
         self._readers = Readers(
             self.ring, self.traces, self.event_id, settings.max_readers, self.counters

@@ -153,6 +153,12 @@ def _arrivals(counters: Counter[str]) -> Iterator[Metric]:
         "Times that an engine told all its requests anew, because messages were lost.",
         [([], counters["resyncs"])],
     )
+    yield counter(
+        "hub_steps_incomplete",
+        "Steps of which a pipeline stage said nothing in time, or that there was no room to wait"
+        " with; they are told without its layers.",
+        [([], counters["steps_incomplete"])],
+    )
     yield counter("hub_rows", "Feature rows that came from engines.", [([], counters["rows"])])
     reasons = ("rejected", "recomputed", "after_end", "unknown_request", "held_too_long")
     names = {why: f"rows_{why}" for why in reasons} | {"unknown_request": "rows_of_unknown_request"}
@@ -167,11 +173,12 @@ def _arrivals(counters: Counter[str]) -> Iterator[Metric]:
 
 
 def _refusals(counters: Counter[str]) -> Iterator[Metric]:
-    limited = {"chats": "passed"} | {what: what for what in ("requests", "readers", "senders")}
+    plain = ("requests", "readers", "readers_of_one_key", "senders")
+    limited = {"chats": "passed"} | {what: what for what in plain}
     yield counter(
         "refused_at_limit",
-        "What there was no room for: requests to follow (they run all the same), readers, senders,"
-        " chats to pass through to vLLM.",
+        "What there was no room for: requests to follow (they run all the same), readers,"
+        " readers beyond the share of their key, senders, chats to pass through to vLLM.",
         by_label(counters, {what: f"{name}_refused" for what, name in limited.items()}),
         ["what"],
     )
@@ -182,6 +189,11 @@ def _refusals(counters: Counter[str]) -> Iterator[Metric]:
         + ".",
         by_label(counters, {kind: f"refused_{kind}" for kind in REFUSED}),
         ["reason"],
+    )
+    yield counter(
+        "sessions_displaced",
+        "Sessions of browsers that ended early, because their key or all together had too many.",
+        [([], counters["sessions_displaced"])],
     )
     yield counter(
         "hub_ticks_failed",
@@ -200,6 +212,11 @@ def _requests(counters: Counter[str]) -> Iterator[Metric]:
         [([], counters["requests_failed"])],
     )
     yield gauge("requests_running", "Choices that run.", [([], started - done)])
+    yield counter(
+        "requests_started_twice",
+        "Times that the begin of a choice was told while it ran already; that changes nothing.",
+        [([], counters["requests_started_twice"])],
+    )
     yield counter(
         "tokens",
         "Tokens that stand, of prompts and generated. Those of requests that a side process tells"

@@ -8,16 +8,24 @@ from neuroscope_vllm.server.rights import Rights
 from neuroscope_vllm.server.subscribe import AllRequests, EventId, OneRequest
 from neuroscope_vllm.server.traces import Log, Trace, TraceStore
 
+SHARE = 4
+"""A caller that is no admin may have a quarter of the places."""
+
 
 class TooManyReaders(Exception):
     """As many as the settings allow are there."""
+
+
+class TooManyOfOne(TooManyReaders):
+    """As many as one caller may have are there."""
 
 
 class Readers:
     """Readers of everything, and readers by the name that they asked for, `limit` together.
 
     So this also bounds the names that are waited for. `subscribe_all` and `subscribe` raise
-    TooManyReaders, which is counted in `readers_refused`.
+    TooManyReaders, which is counted in `readers_refused`, or TooManyOfOne, counted in
+    `readers_of_one_key_refused`: those of the same `Rights.who` together may be a quarter.
     """
 
     def __init__(
@@ -29,8 +37,9 @@ class Readers:
         counters: Counter[str],
     ) -> None:
         self._limit = limit
+        self._share = max(1, limit // SHARE)
         self._counters = counters
-        self._count = 0
+        self._whose: dict[AllRequests | OneRequest, bytes | None] = {}
         self._ring = ring
         self._traces = traces
         self._event_id = event_id
@@ -40,28 +49,30 @@ class Readers:
         self._wake_all = False
 
     def __len__(self) -> int:
-        return self._count
+        return len(self._whose)
 
     @property
     def of_one(self) -> int:
-        return self._count - len(self._everything)
+        return len(self) - len(self._everything)
 
     def subscribe_all(self, after: int | None, rights: Rights) -> AllRequests:
-        self._count_one()
+        self._admit(rights.who)
         reader = AllRequests(self._ring, self._event_id, self._counters, after, rights)
+        self._whose[reader] = rights.who
         self._everything.add(reader)
         return reader
 
     def subscribe(self, name: str, after: int | None, rights: Rights) -> OneRequest:
-        self._count_one()
+        self._admit(rights.who)
         reader = OneRequest(self._event_id, self._counters, after, rights)
+        self._whose[reader] = rights.who
         for trace in self._traces.find(name, rights):
             reader.attach(trace)
         self._by_name.setdefault(name, set()).add(reader)
         return reader
 
     def unsubscribe(self, reader: AllRequests | OneRequest, name: str | None) -> None:
-        self._count -= 1
+        del self._whose[reader]
         if isinstance(reader, AllRequests):
             self._everything.remove(reader)
             return
@@ -71,11 +82,13 @@ class Readers:
         if not readers:
             del self._by_name[name]
 
-    def _count_one(self) -> None:
-        if self._count >= self._limit:
+    def _admit(self, who: bytes | None) -> None:
+        if len(self) >= self._limit:
             self._counters["readers_refused"] += 1
             raise TooManyReaders
-        self._count += 1
+        if who is not None and list(self._whose.values()).count(who) >= self._share:
+            self._counters["readers_of_one_key_refused"] += 1
+            raise TooManyOfOne
 
     def attach(self, trace: Trace) -> None:
         """Give a trace that begins to those who wait for it."""

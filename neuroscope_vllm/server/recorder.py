@@ -326,5 +326,6 @@ def _recorded(one: _Finished) -> RecordedTrace:
         events=len(events),
         started=one.times[0],
         ended=one.times[-1],
+        secret=trace.secret,
     )
     return RecordedTrace(head, recorded)

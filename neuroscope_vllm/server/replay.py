@@ -172,7 +172,8 @@ class Replay:
 
     def _begin(self, told: Told) -> Trace:
         head = told.head
-        trace = Trace(head.internal_id, head.request_id, head.choice, head.created)
+        ids = head.internal_id, head.request_id, head.choice
+        trace = Trace(*ids, head.created, head.secret)
         trace.first = trace.end = head.events_total - head.events
         self._hub.begin(trace)
         self._traces[told.trace] = trace

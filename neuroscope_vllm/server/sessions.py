@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from dataclasses import dataclass, field
 
 from neuroscope_vllm.core.access import digest
@@ -12,6 +12,8 @@ from neuroscope_vllm.server.rights import Rights
 
 LASTS_S = 12 * 3600
 MOST = 1024
+SHARE = 4
+"""One key may have a quarter of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,22 +27,32 @@ class Session:
 
 
 class Sessions:
-    """By digests of their ids; those that began first give way when there are too many."""
+    """By digests of their ids; those that began first give way when there are too many, of one key
+    or of all. `sessions_displaced` counts those that would have lasted longer."""
 
-    def __init__(self) -> None:
+    def __init__(self, counters: Counter[str]) -> None:
+        self._counters = counters
         self._by_digest: OrderedDict[bytes, Session] = OrderedDict()
 
     def begin(self, session: Session) -> str:
         """Its id, which is not kept."""
         now = time.monotonic()
-        while self._by_digest:
-            oldest = next(iter(self._by_digest.values()))
-            if oldest.ends_at > now and len(self._by_digest) < MOST:
-                break
-            self._by_digest.popitem(last=False)
+        for id_ in [id_ for id_, one in self._by_digest.items() if one.ends_at <= now]:
+            del self._by_digest[id_]
+        self._make_room(session.rights.who)
         session_id = secrets.token_urlsafe(32)
         self._by_digest[digest(session_id)] = session
         return session_id
+
+    def _make_room(self, who: bytes | None) -> None:
+        theirs = [id_ for id_, one in self._by_digest.items() if one.rights.who == who]
+        if who is not None and len(theirs) >= MOST // SHARE:
+            del self._by_digest[theirs[0]]
+        elif len(self._by_digest) >= MOST:
+            self._by_digest.popitem(last=False)
+        else:
+            return
+        self._counters["sessions_displaced"] += 1
 
     def get(self, session_id: str | None) -> Session | None:
         session = self._by_digest.get(digest(session_id)) if session_id else None

@@ -6,18 +6,20 @@ layers together. Engines with one observing stage pass straight through.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 import msgspec
 
 from neuroscope_vllm.core import wire
+from neuroscope_vllm.server.join import Budget
 
 WAIT_S = 1.0
 """How long a step waits for its other stages."""
 WAITING_STEPS = 64
 """Of an engine."""
-WAITING_BYTES = 64 << 20
-"""Of all engines."""
+WAITING_SHARE = 0.25
+"""Of `running_mb`, for all engines."""
 OVERHEAD_BYTES = 2000
 """What surrounds the arrays of a message."""
 
@@ -30,9 +32,11 @@ class _Partial:
 
 
 class Stages:
-    """Steps in order, whole where all their stages spoke."""
+    """Steps in order, whole where all their stages spoke; `steps_incomplete` counts the others."""
 
-    def __init__(self) -> None:
+    def __init__(self, budget: Budget, counters: Counter[str]) -> None:
+        self._budget = budget
+        self._counters = counters
         self._waiting: dict[str, dict[int, _Partial]] = {}  # by engine and step
         self._bytes = 0
 
@@ -50,11 +54,12 @@ class Stages:
             waiting[message.step] = partial = _Partial(now, message, 0)
         else:
             partial.message = _merged(partial.message, message)
-        self._bytes += (size := wire.weight(message) + OVERHEAD_BYTES)
+        size = wire.weight(message) + OVERHEAD_BYTES
         partial.bytes += size
+        self._grow(size)
         if len(partial.message.layers) >= message.num_layers:
             ready = 1 + sorted(waiting).index(message.step)
-        elif self._bytes > WAITING_BYTES:
+        elif self._budget.exceeded or self._bytes > self._budget.limit * WAITING_SHARE:
             ready = len(waiting)
         else:
             ready = len(waiting) - WAITING_STEPS
@@ -73,10 +78,17 @@ class Stages:
         """The oldest `count` steps."""
         waiting = self._waiting[engine]
         taken = [waiting.pop(step) for step in sorted(waiting)[: max(count, 0)]]
-        self._bytes -= sum(partial.bytes for partial in taken)
+        self._grow(-sum(partial.bytes for partial in taken))
         if not waiting:
             del self._waiting[engine]
-        return [partial.message for partial in taken]
+        messages = [partial.message for partial in taken]
+        for message in messages:
+            self._counters["steps_incomplete"] += len(message.layers) < message.num_layers
+        return messages
+
+    def _grow(self, size: int) -> None:
+        self._bytes += size
+        self._budget.rows += size
 
 
 def _merged(one: wire.StepFeatures, other: wire.StepFeatures) -> wire.StepFeatures:

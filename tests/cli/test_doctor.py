@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.cookies
 import json
 import os
 import socket
@@ -36,6 +37,13 @@ def test_all_is_well(tiny_llama: Path, tiny_sae: Path) -> None:
     # The tiny SAE has neither.
     assert found.verdict("model", "calibration") == "warning"
     assert found.verdict("coverage", "labels") == "warning"
+
+
+def test_a_python_that_reads_cookies_slowly() -> None:
+    slow = hasattr(http.cookies, "_OctalPatt")  # until CVE-2024-7592 was mended
+    found = doctor().one("versions", "cookies")
+    assert found["verdict"] == ("warning" if slow else "ok")
+    assert ("3.11.10, 3.12.6" in (found["remedy"] or "")) == slow
 
 
 def test_an_sae_of_another_size(tiny_llama: Path, tmp_path: Path) -> None:

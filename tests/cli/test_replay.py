@@ -18,6 +18,7 @@ import pytest
 from click.testing import CliRunner
 
 from neuroscope_vllm.cli.main import main
+from neuroscope_vllm.core.access import SECRET_HEADER
 from neuroscope_vllm.core.recording.files import read_traces, write_traces
 from neuroscope_vllm.engine.fake import FakeEngine, Script
 from tests.server.side import make_tokenizer, parse_sse, start_side
@@ -32,6 +33,8 @@ from tests.support.recorded import (
 )
 
 http = httpx.Client(trust_env=False, timeout=30)
+SECRET = "a-secret-of-one-stream"
+SHOWN = {SECRET_HEADER: SECRET}
 
 
 @contextmanager
@@ -78,8 +81,10 @@ def test_a_server_s_traces_come_back(tmp_path: Path, monkeypatch: pytest.MonkeyP
             for choice in (0, 1):
                 script = Script(choice=choice, lost=frozenset({2}), pause_s=0.02)
                 engine.run("chatcmpl-a", [40] * 9, [50] * 20, script)
+            engine.run("chatcmpl-hidden", [40] * 9, [50], Script(secret=SECRET))
             side.wait_done("a", 2)
             told = {"a": side.get("/v1/requests/a").content}
+            told["hidden"] = side.get("/v1/requests/hidden", headers=SHOWN).content
             said = side.get("/v1/features/describe").json()
     finally:
         side.process.stop()
@@ -99,6 +104,22 @@ def test_a_server_s_traces_come_back(tmp_path: Path, monkeypatch: pytest.MonkeyP
         refused = http.put(f"{base}/v1/requests/a/steering", json={})
         assert refused.status_code == 409
         assert http.get(f"{base}/v1/models").status_code == 503
+        check_hidden(base, told["hidden"])
+
+
+def check_hidden(base: str, told: bytes) -> None:
+    """A request with a stream secret is for who shows it, as it was."""
+    url = f"{base}/v1/requests/hidden"
+    for headers in ({}, {SECRET_HEADER: "another-secret-of-none"}):
+        assert http.get(url, headers=headers).status_code == 404
+        assert "hidden" not in http.get(f"{base}/v1/requests", headers=headers).text
+        assert http.get(f"{base}/export/hidden", headers=headers).status_code == 404
+    params = {"request_id": "hidden"}
+    streamed = http.get(f"{base}/v1/features/stream", params=params, headers=SHOWN).text
+    assert streamed.count("event: done") == 1  # and so it is told
+    assert b'"done"' in told
+    assert http.get(url, headers=SHOWN).content == told
+    assert "hidden" in http.get(f"{base}/v1/requests", headers=SHOWN).text
 
 
 def test_it_takes_the_time_it_took_and_does_several_at_once(tmp_path: Path) -> None:

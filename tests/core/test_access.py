@@ -28,11 +28,26 @@ def test_keys_come_from_file_and_environment(tmp_path: Path, monkeypatch: pytest
     keys = key_digests(settings, ["vllms"])
     assert set(keys.admin) == {digest(FIRST), digest(SECOND)}
     assert keys.user == [digest("vllms")]
+    assert keys.metrics == []
     assert not KeyDigests()
     # Neither is an unknown setting, nor any at all.
     assert resolve({}, {"NEUROSCOPE_ADMIN_KEYS": FIRST, "NEUROSCOPE_API_KEY": "x"}) == Settings()
     with pytest.raises(ConfigError, match="did you mean admin_keys_file"):
         resolve({"admin_keys": [FIRST]}, {})
+
+
+def test_metrics_keys_are_kept_likewise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    file = key_file(tmp_path, f"{FIRST}\n").admin_keys_file
+    monkeypatch.setenv("NEUROSCOPE_METRICS_KEYS", SECOND)
+    keys = key_digests(Settings(metrics_keys_file=file), [])
+    assert (set(keys.metrics), keys.admin) == ({digest(FIRST), digest(SECOND)}, [])
+    assert not keys  # they guard nothing else
+    monkeypatch.setenv("NEUROSCOPE_METRICS_KEYS", "short")
+    with pytest.raises(ConfigError, match="a key of NEUROSCOPE_METRICS_KEYS is no good"):
+        key_digests(Settings(), [])
+    with pytest.raises(ConfigError, match=r"metrics_keys_file .* can not be read"):
+        key_digests(Settings(metrics_keys_file=str(tmp_path / "none")), [])
+    assert resolve({}, {"NEUROSCOPE_METRICS_KEYS": FIRST}) == Settings()
 
 
 @pytest.mark.parametrize(

@@ -60,6 +60,19 @@ def test_compose_refuses_to_start_without_a_secret(name: str, example: str) -> N
         assert variable in (DOCKER / example).read_text()
 
 
+def test_prometheus_has_a_key_for_the_metrics_alone() -> None:
+    given = files.values(COMPOSE["one host"])
+    for service in ("cuda", "cpu"):
+        environment = files.services(COMPOSE["one host"])[service]["environment"]
+        assert environment["NEUROSCOPE_METRICS_KEYS"] == given["METRICS_KEY"]
+        assert environment["NEUROSCOPE_ADMIN_KEYS"] == given["NEUROSCOPE_ADMIN_KEYS"]
+    secrets = yaml.safe_load(COMPOSE["one host"].read_text())["secrets"]
+    assert secrets == {"metrics_key": {"environment": "METRICS_KEY"}}
+    scraping = yaml.safe_load((DOCKER / "prometheus" / "prometheus.yml").read_text())
+    (ours,) = [one for one in scraping["scrape_configs"] if one["job_name"] == "neuroscope"]
+    assert ours["authorization"] == {"credentials_file": "/run/secrets/metrics_key"}
+
+
 def test_what_is_copied_and_mounted_exists() -> None:
     made_by_the_operator = DOCKER / "ray" / "hub.keys"
     for file in COMPOSE.values():

@@ -12,6 +12,7 @@ from tests.server.side import Side, http
 
 README = Path(__file__).parents[2] / "README.md"
 USER, ADMIN = "user-key-of-vllm", "admin-key-of-operator"
+METRICS = "metrics-key-of-prometheus"
 SECRET, OTHER = "a-secret-of-one-stream", "a-secret-of-no-stream"
 
 Headers = dict[str, str]
@@ -71,6 +72,7 @@ KEYED_ROWS: dict[str, Callable[[Side], Headers]] = {
     "a user key": lambda side: bearer(USER),
     "a user key, with the secret": lambda side: bearer(USER) | secret(),
     "an admin key": lambda side: bearer(ADMIN),
+    "a metrics key": lambda side: bearer(METRICS),
     "a session of a user key": lambda side: sign_in(side, {"api_key": USER}),
     "a session of a user key and the secret": lambda side: sign_in(
         side, {"api_key": USER, "stream_secret": SECRET}
@@ -97,4 +99,4 @@ def _check_refusal(answer: httpx.Response) -> None:
     """Each has OpenAI's shape, and no key or secret in it."""
     assert answer.json()["error"]["message"], answer.text
     assert ("www-authenticate" in answer.headers) == (answer.status_code == 401)
-    assert not any(word in answer.text for word in (USER, ADMIN, SECRET, OTHER))
+    assert not any(word in answer.text for word in (USER, ADMIN, METRICS, SECRET, OTHER))

@@ -9,11 +9,13 @@ from pathlib import Path
 import httpx
 import pytest
 
-from neuroscope_vllm.core.access import KeyDigests, digest
+from neuroscope_vllm.core.access import SECRET_HEADER, KeyDigests, digest
 from neuroscope_vllm.engine.fake import FakeEngine, Script
+from neuroscope_vllm.server.sessions import MOST, SHARE
 from tests.server.access import (
     ADMIN,
     KEYED_ROWS,
+    METRICS,
     OPEN_ROWS,
     OTHER,
     SECRET,
@@ -76,7 +78,11 @@ def keyed(tmp_path_factory: pytest.TempPathFactory, upstream: Upstream) -> Itera
     side = start_side(
         tmp_path_factory.mktemp("keyed"),
         upstream=upstream.url,
-        keys=KeyDigests(admin=[digest("another-admin-key"), digest(ADMIN)], user=[digest(USER)]),
+        keys=KeyDigests(
+            admin=[digest("another-admin-key"), digest(ADMIN)],
+            user=[digest(USER)],
+            metrics=[digest(METRICS)],
+        ),
         settings={"allowed_origins": [ORIGIN]},
     )
     yield side
@@ -105,7 +111,8 @@ PROBES = {
         ("POST", "/v1/chat/completions"),
         ("POST", "/v1/completions"),
     ],
-    "all else, as `/metrics`": [("GET", "/metrics"), ("GET", "/v1/whatever"), ("POST", "/debug")],
+    "`/metrics`": [("GET", "/metrics")],
+    "all else": [("GET", "/v1/whatever"), ("POST", "/debug")],
 }
 
 
@@ -128,7 +135,7 @@ def test_cell(
     expected = ROWS[row][COLUMNS.index(column)]
     for method, path in PROBES[column]:
         got = status(side, method, path, headers)
-        if expected == "yes" and column == "all else, as `/metrics`":
+        if expected == "yes" and column == "all else":
             assert got in ("yes", "404"), path  # there is nothing, but it is let through
         else:
             assert got == expected, (method, path)
@@ -279,6 +286,72 @@ def test_describe_tells_no_request(keyed: Side, engine_of_keyed: FakeEngine):
     assert not any(name in told.text for name in ("plain", "guarded", "twice"))
 
 
+def test_one_key_takes_a_quarter_of_all_places(new_side: Callable[..., Side]):
+    keys = KeyDigests([digest(ADMIN)], [digest(USER), digest("another-key-of-vllm")])
+    side = new_side(keys=keys, settings={"max_readers": 8})
+    admin, user, other = bearer(ADMIN), bearer(USER), bearer("another-key-of-vllm")
+    session = sign_in(side, {"api_key": USER})
+
+    def ask(headers: Headers) -> str:
+        return status(side, "GET", "/v1/features/stream?request_id=x", headers)
+
+    with side.open("x", headers=user), side.open("x", headers=session):
+        assert ask(user) == ask(session) == ask(sign_in(side, {"api_key": USER})) == "429"
+        with side.open("x", headers=other), side.open("x", headers=other):
+            assert ask(other) == "429"
+        with side.open(headers=admin), side.open(headers=admin), side.open(headers=admin):
+            pass
+        answer = side.get("/v1/features/stream?request_id=x", headers=user)
+        assert int(answer.headers["retry-after"]) > 0
+        assert answer.json()["error"]["type"] == "rate_limit_error"
+        assert "with this key as may be, 1/4 of max_readers (8)" in answer.text
+    wait_until(lambda: ask(user) == "yes")
+    told = side.get("/metrics", headers=admin).text
+    assert 'neuroscope_refused_at_limit_total{what="readers"} 0.0' in told
+    refused = 'neuroscope_refused_at_limit_total{what="readers_of_one_key"}'
+    assert float(told.partition(refused)[2].split()[0]) >= 5
+
+
+def test_those_without_a_key_share_one_part_whatever_they_show(new_side: Callable[..., Side]):
+    keys = KeyDigests([digest(ADMIN)], [digest(USER)])
+    side = new_side(keys=keys, settings={"max_readers": 8})
+    with FakeEngine(side.endpoint) as engine:
+        side.wait_armed()
+        engine.run("hidden", [1, 2], [3], Script(secret=SECRET))
+        wait_until(lambda: "hidden" in listed(side, bearer(ADMIN)))
+    shown = [(SECRET_HEADER, value) for value in (SECRET, OTHER)]
+    path = "/v1/features/stream?request_id=x"
+    session = sign_in(side, {"stream_secret": SECRET})
+    with side.open("x", headers=secret()), side.open("x", headers=session):
+        refused = side.get(path, headers=shown)
+        assert refused.status_code == 429
+        assert "are read without a key" in refused.text
+        with side.open("x", headers=bearer(USER) | secret()):
+            pass
+
+
+def test_sessions_of_one_key_make_no_other_end(new_side: Callable[..., Side]):
+    side = new_side(keys=KeyDigests([digest(ADMIN)], [digest(USER)]))
+    admins, first = (sign_in(side, {"api_key": key}) for key in (ADMIN, USER))
+
+    def knows(session: Headers) -> bool:
+        return side.get("/v1/features/describe", headers=session).status_code == 200
+
+    for _ in range(MOST // SHARE - 1):
+        last = sign_in(side, {"api_key": USER})
+    assert knows(first)
+    last = sign_in(side, {"api_key": USER})
+    assert [knows(one) for one in (admins, first, last)] == [True, False, True]
+    assert "neuroscope_sessions_displaced_total 1.0" in side.get("/metrics", headers=admins).text
+
+
+def test_a_metrics_key_begins_no_session(keyed: Side, engine_of_keyed: FakeEngine):
+    answer = http.post(f"{keyed.base}/v1/session", json={"api_key": METRICS})
+    assert answer.status_code == 403
+    assert "for /metrics alone" in answer.json()["error"]["message"]
+    assert "set-cookie" not in answer.headers
+
+
 def test_chats_go_on_with_vllms_key_alone(keyed: Side, upstream: Upstream):
     def chat(headers: Headers) -> tuple[int, str | None]:
         upstream.seen.clear()
@@ -306,8 +379,9 @@ def test_a_side_process_has_no_secret_of_its_parents(
 ):
     monkeypatch.setenv("VLLM_API_KEY", USER)
     monkeypatch.setenv("NEUROSCOPE_ADMIN_KEYS", ADMIN)
-    side = new_side(keys=KeyDigests([digest(ADMIN)], [digest(USER)]))
+    monkeypatch.setenv("NEUROSCOPE_METRICS_KEYS", METRICS)
+    side = new_side(keys=KeyDigests([digest(ADMIN)], [digest(USER)], [digest(METRICS)]))
     kept = Path(f"/proc/{side.process.pid}/environ").read_bytes()
     kept += (side.process.directory / "side.json").read_bytes()
     kept += Path(f"/proc/{side.process.pid}/cmdline").read_bytes()
-    assert not any(one.encode() in kept for one in (USER, ADMIN))
+    assert not any(one.encode() in kept for one in (USER, ADMIN, METRICS))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 
 import pytest
@@ -141,13 +142,16 @@ def test_a_session_lasts_longer_by_a_key_alone():
 
 
 def test_sessions_end_and_are_bounded(monkeypatch: pytest.MonkeyPatch):
-    kept = sessions.Sessions()
+    counters: Counter[str] = Counter()
+    kept = sessions.Sessions(counters)
     ids = [kept.begin(sessions.Session(ALL)) for _ in range(sessions.MOST + 1)]
     assert kept.get(ids[0]) is None
     assert kept.get(ids[1]) is not None
+    assert counters == {"sessions_displaced": 1}
     monkeypatch.setattr(sessions.time, "monotonic", lambda: 1e12)
     assert kept.get(ids[1]) is None
     last = kept.begin(sessions.Session(ALL))
     assert len(kept._by_digest) == 1  # pyright: ignore[reportPrivateUsage]
     kept.end(last)
     assert kept.get(last) is None
+    assert counters == {"sessions_displaced": 1}

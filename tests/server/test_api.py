@@ -188,8 +188,18 @@ def test_anything_else_is_refused(host: str):
 
 def test_other_hosts_names_are_refused(side: Side):
     """A page elsewhere that rebinds its name to this address must not read the stream."""
-    answer = side.get("/v1/requests", headers={"Host": "evil.example"})
-    assert answer.status_code == 400
+    before = side.counters().get("refused_hosts", 0)
+    others = ("evil.example", "localhost.evil.example", "127.0.0.1:1@evil.example", "127.0.0.1:x")
+    for name in others:
+        for path in ("/", "/health", "/v1/requests", "/v1/whatever"):
+            answer = side.get(path, headers={"Host": name})
+            assert answer.status_code == 400
+            error = answer.json()["error"]
+            assert error["type"] == "invalid_request_error"
+            assert "asked by another name" in error["message"]
+    assert side.counters()["refused_hosts"] == before + 4 * len(others)
+    for name in ("LOCALHOST", "127.0.0.1:1", "[::1]:65535"):
+        assert side.get("/v1/requests", headers={"Host": name}).status_code == 200
 
 
 def test_a_name_that_two_requests_bear_steers_neither(side: Side, engine: FakeEngine):

@@ -138,6 +138,9 @@ def test_what_an_engine_sends_without_end_stays_within_the_ceiling(new_side: New
         assert counters["requests_refused"] > 400
         assert counters["rows_of_unknown_request"] > 0
         assert counters["rows_held_too_long"] > 0
+        assert counters["steps_incomplete"] > 0
+        told = f"neuroscope_hub_steps_incomplete_total {float(counters['steps_incomplete'])}"
+        assert told in side.get("/metrics").text
         assert kept["running_bytes"] <= memory * 2**20 / 8
         assert kept["kept_bytes"] + kept["prefix_bytes"] <= memory * 2**20 * 7 / 8
         grown = resident_mb(side) - before

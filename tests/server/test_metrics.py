@@ -260,6 +260,18 @@ def test_a_hundred_senders_do_not_stop_the_loop(observed: Observed):
         wait_until(lambda: ("many-49",) not in scrape(side)["neuroscope_armed"])
 
 
+def test_a_begin_that_is_told_twice_is_counted(observed: Observed):
+    side, grown = observed.side, Growth(observed.side)
+    begun = wire.RequestStarted("twice-1", "twice", 0, "fake", 0, b"", 0.0)
+    ended = wire.TokensSampled([wire.Sampled("twice-1", [], "abort", None)])
+    with connected(side) as socket:
+        for message in (begun, begun, ended):
+            socket.send(wire.encode(message))
+        side.wait_done("twice")
+    assert grown.now("requests_started_twice_total") == 1
+    assert grown.now("requests_started_total") == 1
+
+
 _NO_METRIC = re.compile(
     r"""
     "[^"]*" | \{[^}]*\} | \[[^]]*\]              # values, selectors, ranges
@@ -300,6 +312,7 @@ def test_dashboard_and_alerts_ask_for_what_there_is(observed: Observed):
         asked = {name for one in expressions for name in _names(one)}
         assert len(asked) > 5
         assert asked <= there, asked - there
+    assert "neuroscope_hub_ticks_failed_total" in asked  # of the alerts: nothing else shows it
     for rule in (rule for group in alerts["groups"] for rule in group["rules"]):
         assert rule["annotations"].keys() == {"summary", "description"}, rule["alert"]
 

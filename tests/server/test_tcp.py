@@ -15,6 +15,7 @@ from pathlib import Path
 
 import httpx
 import msgspec
+import psutil
 import pytest
 import zmq
 from tokenizers import Tokenizer
@@ -22,6 +23,7 @@ from tokenizers import Tokenizer
 from neuroscope_vllm.core import wire
 from neuroscope_vllm.core.keys import create_keys, load_keys
 from neuroscope_vllm.engine.fake import FakeEngine, Script
+from tests.server.access import ADMIN, METRICS, USER, bearer
 from tests.server.side import Side, wait_until
 from tests.support.served import free_port
 
@@ -300,6 +302,25 @@ def test_a_taken_address_stops_a_second_hub(
         hub.wait_armed()
 
 
+def test_a_hub_takes_keys_from_its_environment_and_hands_on_none(
+    new_hub: Callable[..., Hub], key_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = {"NEUROSCOPE_ADMIN_KEYS": ADMIN, "NEUROSCOPE_METRICS_KEYS": METRICS}
+    for name, key in (keys | {"VLLM_API_KEY": USER}).items():
+        monkeypatch.setenv(name, key)
+    hub = new_hub(key_file)
+    with FakeEngine(hub.endpoint):
+        hub.wait_armed()
+        assert hub.get("/v1/requests").status_code == 401
+        assert hub.get("/v1/requests", headers=bearer(ADMIN)).status_code == 200
+        assert hub.get("/metrics", headers=bearer(METRICS)).status_code == 200
+        # A card of weights that are not there, but the child that looks for them stays a while.
+        hub.get("/v1/features/5", headers=bearer(USER))
+        (reader,) = psutil.Process(hub.child.pid).children()
+        assert "neuroscope_vllm.core.cards" in reader.cmdline()
+        assert not {ADMIN, METRICS, USER} & set(reader.environ().values())
+
+
 def test_an_address_of_another_machine_is_refused(tokenizer_file: Path, key_file: Path) -> None:
     words = [sys.executable, "-m", "neuroscope_vllm.cli", "hub", str(tokenizer_file.parent)]
     words += ["--features-port", "0", "--hub-keys", str(key_file), "--hub"]
@@ -317,6 +338,17 @@ def test_a_hub_must_be_told_where_to_listen(tokenizer_file: Path) -> None:
     done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=30)
     assert done.returncode == 1
     assert "no hub was given" in done.stderr
+
+
+def test_a_hub_that_others_reach_must_have_keys(
+    tokenizer_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+    words = [sys.executable, "-m", "neuroscope_vllm.cli", "hub", str(tokenizer_file.parent)]
+    words += ["--hub", f"ipc://{tmp_path}/hub.sock", "--features-host", "0.0.0.0"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=30)
+    assert done.returncode == 1
+    assert "set VLLM_API_KEY for it" in done.stderr
 
 
 def test_ctrl_c_ends_a_hub_with_a_goodbye(hub: Hub) -> None:

@@ -11,7 +11,7 @@ from neuroscope_vllm.cli.main import main
 from tests.support.served import free_port
 
 NAMES = {
-    "versions": "python neuroscope dependencies vllm vllm_metadata transformers torch"
+    "versions": "python cookies neuroscope dependencies vllm vllm_metadata transformers torch"
     " torch_companions compiler accelerator open_files shared_memory",
     "plugin": "entry_point allowed vllm_import architectures",
     "configuration": "settings hub_keys steering label_files record",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -118,6 +120,18 @@ def test_workers_are_told_the_address_and_the_key_files_path(
     assert settings is not None
     assert settings.endpoint == f"tcp://10.0.0.1:8082#{key_file}"
     assert load_keys(key_file).engine not in str(config.additional_config)
+
+
+def test_keys_do_not_go_on_to_an_engines_children(
+    engine_config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("NEUROSCOPE_ADMIN_KEYS", "NEUROSCOPE_METRICS_KEYS"):
+        monkeypatch.setenv(name, "a-key-of-the-hub-alone")
+    engine_config({"hub": "ipc:///nowhere"})
+    child = [sys.executable, "-c", "import os; print(os.environ)"]
+    inherited = subprocess.run(child, capture_output=True, text=True, check=True).stdout
+    assert RUNTIME_VARIABLE in inherited
+    assert "a-key-of-the-hub-alone" not in inherited
 
 
 def test_what_can_not_work_is_refused_before_an_engine_exists(

@@ -57,6 +57,7 @@ class Head(msgspec.Struct, frozen=True, kw_only=True):
         events: The last so many of them, which are recorded.
         started, ended: When the first and the last of these were told, unix seconds; None where
             nobody noted it.
+        secret: Digest of its stream secret; None: it has none, or nobody noted that.
     """
 
     request_id: str
@@ -68,6 +69,7 @@ class Head(msgspec.Struct, frozen=True, kw_only=True):
     events: int
     started: float | None = None
     ended: float | None = None
+    secret: bytes | None = None
 
     @property
     def began(self) -> float:

@@ -20,7 +20,7 @@ from vllm.config import VllmConfig
 
 from neuroscope_vllm.core import access, launch
 from neuroscope_vllm.core.config import (
-    ADMIN_KEYS_VARIABLE,
+    KEYS_VARIABLES,
     RUNTIME_VARIABLE,
     Settings,
     asked_for,
@@ -98,6 +98,8 @@ def create_engine_config(original: Any, engine_args: Any, *args: Any, **kwargs: 
         if serving and settings.hub is None and RUNTIME_VARIABLE not in os.environ:
             # Before vLLM's own work: a taken port should not cost a model download.
             door = _open_door(settings)
+        for name in KEYS_VARIABLES:
+            os.environ.pop(name, None)  # no process of the engine has use for them
         vllm_config = original(engine_args, *args, **kwargs)
         check_served(vllm_config)
         settings = named(settings, vllm_config.model_config.model)
@@ -194,7 +196,6 @@ def _endpoint(
         model_source=_model_source(vllm_config),
         keys=door.keys,
     )
-    os.environ.pop(ADMIN_KEYS_VARIABLE, None)  # nobody else in this engine has use for them
     atexit.register(side.stop)
     layers = ", ".join(str(site.layer) for site in sites)
     logger.info(

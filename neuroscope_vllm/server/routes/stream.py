@@ -7,10 +7,10 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Header, Query, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 
-from neuroscope_vllm.server.access import Caller, not_an_admin
+from neuroscope_vllm.server.access import KEYLESS, Caller, not_an_admin
 from neuroscope_vllm.server.errors import ApiError
 from neuroscope_vllm.server.hub import MAX_ID, Hub
-from neuroscope_vllm.server.readers import TooManyReaders
+from neuroscope_vllm.server.readers import SHARE, TooManyOfOne, TooManyReaders
 from neuroscope_vllm.server.rights import Rights
 from neuroscope_vllm.server.sse import FeatureResponse
 from neuroscope_vllm.server.view import TOKEN_EVENTS, View
@@ -81,6 +81,13 @@ async def stream_features(
             reader = hub.subscribe_all(-1 if restarted else after, rights)
         else:
             reader = hub.subscribe(name, None if restarted else after, rights)
+    except TooManyOfOne:
+        whose = "without a key" if rights.who == KEYLESS else "with this key"
+        message = (
+            f"as many streams are read {whose} as may be, 1/{SHARE} of max_readers"
+            f" ({hub.settings.max_readers}); end one, or have the operator raise that."
+        )
+        raise ApiError(429, message, retry_after=RETRY_AFTER_S) from None
     except TooManyReaders:
         message = f"{hub.readers} streams are read, as many as max_readers allows; try again later."
         raise ApiError(503, message, retry_after=RETRY_AFTER_S) from None

@@ -208,6 +208,16 @@ def test_a_key_is_asked_for(guarded: Served) -> None:
         assert KEY not in Path(f"/proc/{child}/cmdline").read_text()
 
 
+@pytest.mark.parametrize("path", ["/health", "/version"])
+def test_a_cookie_that_python_unquotes_for_seconds_holds_nobody_up(
+    guarded: Served, path: str
+) -> None:
+    began = time.monotonic()
+    cookie = {"Cookie": 'other="' + "\\" * 60_000 + '"'}
+    assert httpx.get(guarded.chat + path, headers=cookie, timeout=60).status_code == 200
+    assert time.monotonic() - began < 4  # 7 s and more, if it is read
+
+
 def test_its_keys_and_secrets_guard_features_too(guarded: Served) -> None:
     secret, name = "a-secret-of-one-stream", {"X-Request-Id": "hidden"}
     xargs = {"neuroscope": json.dumps({"stream_secret": secret})}
