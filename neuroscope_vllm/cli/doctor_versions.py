@@ -240,7 +240,7 @@ def _accelerator(section: Section) -> None:
     elif sys.platform == "darwin":
         section.skip("accelerator", "no NVIDIA driver on macOS; transformers uses MPS")
     else:
-        section.skip("accelerator", "no NVIDIA driver answers (nvidia-smi), so models run on a CPU")
+        section.skip("accelerator", "no NVIDIA driver answers (nvidia-smi)")
 
 
 def _limits(section: Section) -> None:
