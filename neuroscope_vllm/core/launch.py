@@ -33,6 +33,9 @@ from neuroscope_vllm.core.recording.folder import prepare
 logger = logging.getLogger(__name__)
 
 RESTART_PAUSE_S = 0.5
+MAX_PAUSE_S, WELL_S = 30.0, 60.0
+"""One that ends again and again waits ever longer, at most MAX_PAUSE_S; but after it ran for WELL_S
+not at all."""
 MAX_RUNTIME_BASE = 70
 """A unix socket's path ends at 107 bytes; ours adds about 30."""
 
@@ -108,13 +111,21 @@ class SideProcess:
         )
 
     def _watch(self) -> None:
+        pause = 0.0
         while not self._stopping.is_set():
             assert self._process is not None
+            began = time.monotonic()
             code = self._process.wait()
+            if time.monotonic() - began > WELL_S:
+                pause = 0.0
             if self._stopping.wait(RESTART_PAUSE_S):
                 return
-            logger.warning("neuroscope: the side process ended (%s); starting it again.", code)
+            text = "neuroscope: the side process ended (%s); starting it again in %g s."
+            logger.warning(text, code, pause)
+            if self._stopping.wait(pause):
+                return
             self._spawn()
+            pause = min(2 * pause + 1, MAX_PAUSE_S)
 
 
 def check_side(settings: Settings, keys: KeyDigests) -> None:
