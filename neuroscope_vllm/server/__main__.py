@@ -117,7 +117,7 @@ def run(
 
     `app` is made from the same config; None: the one that engines connect to.
     """
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     allow_files(config.settings.max_readers + OTHER_FILES)
     host, port = listener.getsockname()[:2]

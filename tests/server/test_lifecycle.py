@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -88,6 +89,12 @@ def test_malformed_messages_are_counted_and_harm_nobody(side: Side, engine: Fake
     side.wait_done("unharmed")
     socket.close(linger=0)
     context.term()
+
+
+def test_its_log_tells_the_time(new_side: NewSide, capfd: pytest.CaptureFixture[str]):
+    new_side()
+    first = capfd.readouterr().err.splitlines()[0]
+    assert re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} INFO neuroscope: features of", first)
 
 
 def test_sigterm_says_goodbye_and_ends_in_time(new_side: NewSide):
