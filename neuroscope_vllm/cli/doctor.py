@@ -120,7 +120,7 @@ def _examine(asked: Asked, refused: str | None) -> list[Check]:
     from neuroscope_vllm.cli.doctor_versions import version_checks
 
     with Probe(asked.backend) as probe:
-        versions = version_checks(asked.backend)
+        versions = version_checks(asked)
         settings = settings_checks(asked, refused)
         model, known = model_checks(asked)
         coverage = coverage_checks(asked, known)

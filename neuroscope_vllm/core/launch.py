@@ -39,6 +39,8 @@ not at all."""
 STOP_S = 5.0
 """How long it may take to end: a second for its streams, three to record and export what has
 finished."""
+OTHER_FILES = 1024
+"""Beside those of readers: engines, chats that are passed through, a recording."""
 MAX_RUNTIME_BASE = 70
 """A unix socket's path ends at 107 bytes; ours adds about 30."""
 
@@ -129,6 +131,11 @@ class SideProcess:
                 return
             self._spawn()
             pause = min(2 * pause + 1, MAX_PAUSE_S)
+
+
+def files_wanted(settings: Settings) -> int:
+    """How many files a side process may have open; a reader is one."""
+    return settings.max_readers + OTHER_FILES
 
 
 def check_side(settings: Settings, keys: KeyDigests) -> None:

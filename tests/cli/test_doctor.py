@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import socket
 import subprocess
@@ -222,6 +223,21 @@ def test_vllm_for_cuda_without_a_driver(tmp_path: Path) -> None:
     assert found.verdict("versions", "vllm") == "ok"
     imported = found.one("plugin", "vllm_import")
     assert (imported["verdict"], "finds no device" in imported["seen"]) == ("failure", True)
+
+
+def test_open_files_by_the_hard_limit() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard == resource.RLIM_INFINITY:
+        pytest.skip("there is no limit")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (512, hard))
+    try:
+        well = doctor(NEUROSCOPE_MAX_READERS="1")
+        many = doctor(NEUROSCOPE_MAX_READERS=str(hard))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert well.verdict("versions", "open_files") == "ok"
+    files = many.one("versions", "open_files")
+    assert (files["verdict"], f"{hard + 1024}" in files["remedy"]) == ("warning", True)
 
 
 def install(site: Path, name: str, version: str) -> None:
