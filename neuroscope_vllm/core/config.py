@@ -308,8 +308,17 @@ def _checked_keys(values: Any, where: str, known: Collection[str] = tuple(_FIELD
 
 
 def cache_dir() -> Path:
-    """Where converted demo models live: $NEUROSCOPE_CACHE, else the user's cache folder."""
+    """Where the demo's model and what Neuronpedia gave live: $NEUROSCOPE_CACHE, else the user's
+    cache folder."""
     if given := os.environ.get(CACHE_VARIABLE):
         return Path(given)
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "neuroscope"
+
+
+def unwritable_cache(error: OSError) -> ConfigError:
+    """For who could not keep something there."""
+    return ConfigError(
+        f"the cache {cache_dir()} can not be written ({error.strerror or error}); make room there,"
+        f" or name another folder with {CACHE_VARIABLE}."
+    )
