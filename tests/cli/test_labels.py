@@ -78,12 +78,11 @@ def test_a_cache_that_can_not_be_written_is_named(
     bucket.put([row(1, "one")])
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("NEUROSCOPE_CACHE", str(tmp_path / "file" / "cache"))
-    imported = run("import", "neuronpedia", *GEMMA)
-    demo = CliRunner().invoke(main, ["demo", "--print-command"])
-    for code, err in (imported[::2], (demo.exit_code, demo.stderr)):
-        assert code == 1
-        assert "file/cache can not be written (Not a directory); make room there" in err
-        assert "NEUROSCOPE_CACHE" in err
+    for words in (["labels", "import", "neuronpedia", *GEMMA], ["demo", "--print-command"]):
+        refused = CliRunner().invoke(main, words)
+        assert refused.exit_code == 1
+        assert "file/cache can not be written (Not a directory); make room there" in refused.stderr
+        assert "NEUROSCOPE_CACHE" in refused.stderr
 
 
 def test_a_hub_serves_what_was_imported_for_a_suites_name(bucket: Bucket, tmp_path: Path) -> None:

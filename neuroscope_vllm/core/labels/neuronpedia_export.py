@@ -59,15 +59,16 @@ def fetch_explanations(
                     f"{base} has no explanations of {identifier}; look the source up on "
                     f"neuronpedia.org, or give files with --from."
                 )
-            folder.mkdir(parents=True, exist_ok=True)
-            _fetch_all(client, f"{base}/{prefix}", folder, sizes, progress)
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                _fetch_all(client, f"{base}/{prefix}", folder, sizes, progress)
+            except OSError as error:
+                raise unwritable_cache(error) from error
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise DownloadError(
             f"explanations of {identifier} could not be fetched from {base} ({_one_line(error)}); "
             f"try again, which goes on where this stopped, or give files with --from."
         ) from error
-    except OSError as error:
-        raise unwritable_cache(error) from error
     return sorted((folder / name for name in sizes), key=by_number)
 
 
