@@ -11,7 +11,7 @@ import click
 
 from neuroscope_vllm.cli.options import PORT, backend_flags, neuroscope_flags, settings_from
 from neuroscope_vllm.cli.supervise import console, run_server, server_command
-from neuroscope_vllm.core.config import cache_dir
+from neuroscope_vllm.core.config import cache_dir, unwritable_cache
 from neuroscope_vllm.core.errors import NeuroscopeError
 
 NAME = "smollm2-135m-instruct"
@@ -61,4 +61,6 @@ def demo_model() -> Path:
         convert_gguf(find_demo_gguf(cache_dir()), folder)
     except (DemoModelError, NeuroscopeError, ImportError) as error:
         raise click.ClickException(str(error)) from None
+    except OSError as error:
+        raise click.ClickException(str(unwritable_cache(error))) from None
     return folder

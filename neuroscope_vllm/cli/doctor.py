@@ -120,12 +120,12 @@ def _examine(asked: Asked, refused: str | None) -> list[Check]:
     from neuroscope_vllm.cli.doctor_versions import version_checks
 
     with Probe(asked.backend) as probe:
-        versions = version_checks(asked.backend)
+        versions = version_checks(asked)
         settings = settings_checks(asked, refused)
         model, known = model_checks(asked)
         coverage = coverage_checks(asked, known)
         running = look(asked.url, asked.api_key)
-        ports = port_checks(asked, running.version is not None)
+        ports = port_checks(asked, running.health is not None)
         server = server_checks(asked, running)
         plugin = plugin_checks(asked.backend, probe)
     return [*versions, *plugin, *settings, *model, *coverage, *ports, *server]

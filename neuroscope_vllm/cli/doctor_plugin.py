@@ -71,8 +71,16 @@ def _report_probed(section: Section, line: str) -> None:
     from neuroscope_vllm.engine.vllm.probe import Probed
 
     found = msgspec.json.decode(line, type=Probed)
-    device = f"{found.platform}, {found.device}" if found.device else found.platform
-    section.ok("vllm_import", f"vLLM {found.version} on {device}")
+    if found.platform:
+        device = f"{found.platform}, {found.device}" if found.device else found.platform
+        section.ok("vllm_import", f"vLLM {found.version} on {device}")
+    else:
+        section.fail(
+            "vllm_import",
+            f"vLLM {found.version} finds no device that it was built for, so it can not start.",
+            "Mend the GPU's driver (nvidia-smi must list it; a container wants --gpus all), or"
+            " install vLLM's CPU build with examples/setup.sh.",
+        )
     for name, architectures in found.replaced.items():
         section.fail(
             "architectures",

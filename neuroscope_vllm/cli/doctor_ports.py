@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 import httpx
 
 from neuroscope_vllm.cli.doctor_check import Asked, Check, Section, cut
+from neuroscope_vllm.cli.doctor_server import health_of
 from neuroscope_vllm.core.access import key_digests, vllm_keys
 from neuroscope_vllm.core.config import Settings
 from neuroscope_vllm.core.errors import NeuroscopeError
@@ -85,15 +86,15 @@ def _reachable(host: str) -> str:
 def who(url: str) -> str:
     """What listens there, by what it answers."""
     try:
-        with httpx.Client(base_url=url, timeout=TIMEOUT_S, trust_env=False) as client:
-            version = client.get("/version")
-            told = version.json() if version.status_code == 200 else None
-            if isinstance(told, dict) and "wire_version" in told:
+        with httpx.Client(timeout=TIMEOUT_S, trust_env=False) as client:
+            if health_of(client, url) is not None:
                 return NEUROSCOPE
+            version = client.get(f"{url}/version")
+            told = version.json() if version.status_code == 200 else None
             if isinstance(told, dict) and "version" in told:
                 return CHAT
             # Keys guard all of a chat server but this.
-            asked_for_key = client.get("/v1/models").status_code in (200, 401)
+            asked_for_key = client.get(f"{url}/v1/models").status_code in (200, 401)
             return CHAT if asked_for_key else OTHER
     except (httpx.HTTPError, httpx.InvalidURL, ValueError):
         return OTHER

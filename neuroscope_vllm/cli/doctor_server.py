@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from typing import Any, NamedTuple
-from urllib.parse import urlsplit
 
 import httpx
 
 from neuroscope_vllm.cli.doctor_check import Asked, Check, Section, cut
 from neuroscope_vllm.cli.doctor_hub import hub_check
 from neuroscope_vllm.cli.doctor_versions import OURS, installed
-from neuroscope_vllm.cli.machine import gpus
 
 TIMEOUT_S = 5.0
 LOSSES = (
@@ -30,13 +28,13 @@ class Running(NamedTuple):
     """What answers at the URL of the stream.
 
     Attributes:
-        version: Of /version; None: no neuroscope answers.
-        health, described: Of /health and /v1/features/describe; empty where a key is wanted.
-        open, status: Whether that needs no key, and how it answered with the one given.
+        health: Of /health, which wants no key; None: no neuroscope answers.
+        version, described: Of /version and /v1/features/describe; empty where a key is wanted.
+        open, status: Whether the latter needs no key, and how it answered with the one given.
     """
 
-    version: dict[str, Any] | None = None
-    health: dict[str, Any] = {}  # noqa: RUF012  (read only)
+    health: dict[str, Any] | None = None
+    version: dict[str, Any] = {}  # noqa: RUF012  (read only)
     described: dict[str, Any] = {}  # noqa: RUF012
     open: bool = False
     status: int = 0
@@ -47,22 +45,34 @@ def look(url: str, api_key: str | None) -> Running:
     describe = f"{url}/v1/features/describe"
     try:
         with httpx.Client(timeout=TIMEOUT_S) as client:
-            version = client.get(f"{url}/version", headers=headers)
-            told = version.json() if version.status_code == 200 else {}
-            if "wire_version" not in told:
+            health = health_of(client, url)
+            if health is None:
                 return Running()
-            health = client.get(f"{url}/health", headers=headers)
+            version = client.get(f"{url}/version", headers=headers)
             bare = client.get(describe)
             described = client.get(describe, headers=headers)
             return Running(
-                version=told,
-                health=health.json() if health.status_code in (200, 503) else {},
+                health=health,
+                version=version.json() if version.status_code == 200 else {},
                 described=described.json() if described.status_code == 200 else {},
                 open=bare.status_code == 200,
                 status=described.status_code,
             )
     except (httpx.HTTPError, httpx.InvalidURL, ValueError, TypeError):
         return Running()
+
+
+def health_of(client: httpx.Client, url: str) -> dict[str, Any] | None:
+    """What /health of a neuroscope says, with or without a key; None: it is something else.
+
+    Raises httpx.HTTPError, httpx.InvalidURL.
+    """
+    answer = client.get(f"{url}/health")
+    try:
+        told = answer.json() if answer.status_code in (200, 503) else None
+    except ValueError:
+        return None
+    return told if isinstance(told, dict) and {"status", "armed", "reasons"} <= set(told) else None
 
 
 def server_checks(asked: Asked, running: Running) -> list[Check]:
@@ -72,7 +82,7 @@ def server_checks(asked: Asked, running: Running) -> list[Check]:
         *("cuda_graphs", "losses", "labels", "sink_norm", "chat", "model_name", "upstream", "hub"),
     )
     hub_check(section, asked.settings)
-    if running.version is None:
+    if running.health is None:
         nothing = f"no neuroscope answers at {asked.url}"
         if asked.expected:
             section.fail(
@@ -82,7 +92,8 @@ def server_checks(asked: Asked, running: Running) -> list[Check]:
             )
         return section.done(nothing)
     section.ok("server", f"a neuroscope answers at {asked.url}")
-    _version(section, running.version)
+    if running.version:
+        _version(section, running.version)
     _keys(section, asked, running)
     if not running.described:
         return section.done("the server did not describe itself")
@@ -101,7 +112,7 @@ def _described(section: Section, asked: Asked, running: Running) -> None:
     _armed(section, running)
     _senders(section, running.described)
     _warnings(section, running.described)
-    _cuda_graphs(section, running.described, asked.url)
+    _cuda_graphs(section, running.described)
     _losses(section, running.described)
     _coverage(section, running.described)
     _chat(section, asked, running.described)
@@ -147,8 +158,8 @@ def _keys(section: Section, asked: Asked, running: Running) -> None:
 
 
 def _armed(section: Section, running: Running) -> None:
-    reasons = " ".join(running.health.get("reasons", []))
-    status = running.health.get("status")
+    assert running.health is not None
+    reasons, status = " ".join(running.health["reasons"]), running.health["status"]
     workers = [one["sender"] for one in running.described["senders"] if one["role"] == "worker"]
     if running.described["replay"]:
         section.skip("armed", "a recording is told again, without an engine")
@@ -211,26 +222,23 @@ def _self_test(section: Section, subject: str, test: dict[str, Any]) -> None:
         section.ok("self_test", f"{test['tokens']} tokens, {shown or 'no figures'}", subject)
 
 
-def _cuda_graphs(section: Section, described: dict[str, Any], url: str) -> None:
-    local = urlsplit(url).hostname in ("127.0.0.1", "localhost", "::1")
-    found = gpus() if local else []
+def _cuda_graphs(section: Section, described: dict[str, Any]) -> None:
     for one in described["senders"]:
         if one["role"] != "worker" or one["runner"] == "transformers" or not one["cudagraph_mode"]:
             continue
-        mode = one["cudagraph_mode"]
-        seen = f"{mode}, runner {one['runner']}"
+        mode, device = one["cudagraph_mode"], one["device"]
+        seen = f"{mode}, runner {one['runner']} on {device or 'an unnamed device'}"
         if mode != "NONE":
             section.ok("cuda_graphs", seen, one["sender"])
-        elif found:
+        elif device in ("", "cpu"):
+            section.skip("cuda_graphs", seen, one["sender"])
+        else:
             section.warn(
                 "cuda_graphs",
-                f"{seen}, though there is a GPU here, so every step pays for its launches.",
+                f"{seen} of {one['host']}, so every step pays for its launches.",
                 "Leave --enforce-eager and cudagraph_mode out of vLLM's flags; we need neither.",
                 one["sender"],
             )
-        else:
-            where = "no NVIDIA GPU is here" if local else "whether a GPU is there is not known"
-            section.skip("cuda_graphs", f"{seen}; {where}", one["sender"])
 
 
 def _losses(section: Section, described: dict[str, Any]) -> None:

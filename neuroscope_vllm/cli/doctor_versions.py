@@ -19,13 +19,13 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
-from neuroscope_vllm.cli.doctor_check import Check, Section
+from neuroscope_vllm.cli.doctor_check import Asked, Check, Section
 from neuroscope_vllm.cli.machine import gpus
+from neuroscope_vllm.core.config import Settings
+from neuroscope_vllm.core.launch import files_wanted
 
 OURS = "neuroscope-vllm"
 COMPANIONS = ("torchvision", "torchaudio", "torchcodec")
-OPEN_FILES = 4096
-"""Each reader and each chat takes one."""
 SHARED_MEMORY_GIB = 1.0
 COOKIE_BYTES = 10_000
 COOKIE_S = 0.05
@@ -41,7 +41,7 @@ for name in sys.argv[1:]:
 """
 
 
-def version_checks(backend: str) -> list[Check]:
+def version_checks(asked: Asked) -> list[Check]:
     section = Section(
         "versions",
         *("python", "cookies", "neuroscope", "dependencies", "vllm", "vllm_metadata"),
@@ -50,7 +50,8 @@ def version_checks(backend: str) -> list[Check]:
     )
     section.ok("python", f"{platform.python_version()}, {sys.executable}")
     _cookies(section)
-    _limits(section)
+    _open_files(section, files_wanted(asked.settings or Settings()))
+    _shared_memory(section)
     _accelerator(section)
     _companions(section)
     if installed(OURS) is None:
@@ -62,7 +63,7 @@ def version_checks(backend: str) -> list[Check]:
         return section.done(f"{OURS} is not installed, and with it what it needs is not known")
     section.ok("neuroscope", f"{installed(OURS)}")
     _dependencies(section)
-    if backend == "vllm":
+    if asked.backend == "vllm":
         _vllm(section)
     else:
         _transformers(section, _requirements(OURS, "hf"), "the server on transformers")
@@ -266,21 +267,28 @@ def _accelerator(section: Section) -> None:
     elif sys.platform == "darwin":
         section.skip("accelerator", "no NVIDIA driver on macOS; transformers uses MPS")
     else:
-        section.skip("accelerator", "no NVIDIA driver answers (nvidia-smi), so models run on a CPU")
+        section.skip("accelerator", "no NVIDIA driver answers (nvidia-smi)")
 
 
-def _limits(section: Section) -> None:
+def _open_files(section: Section, wanted: int) -> None:
+    """The soft limit is no matter: the side process raises it."""
     import resource
 
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != resource.RLIM_INFINITY and soft < OPEN_FILES:
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < wanted:
         section.warn(
             "open_files",
-            f"a process may open {soft} files, and every reader of a stream takes one.",
-            "Raise the limit before starting servers: ulimit -n 65536.",
+            f"a process may open {hard} files, fewer than the {wanted} of max_readers and what"
+            " else the side process has open.",
+            f"Raise the hard limit before starting servers (ulimit -Hn {wanted}; of a container,"
+            f" --ulimit nofile={wanted}), or give a smaller max_readers.",
         )
     else:
-        section.ok("open_files", "no limit" if soft == resource.RLIM_INFINITY else str(soft))
+        seen = "no limit" if hard == resource.RLIM_INFINITY else f"up to {hard}"
+        section.ok("open_files", f"{seen}, {wanted} are wanted")
+
+
+def _shared_memory(section: Section) -> None:
     shared = Path("/dev/shm")
     if not shared.is_dir():
         section.skip("shared_memory", f"{shared} is not there on {platform.system()}")

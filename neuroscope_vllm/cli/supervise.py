@@ -40,8 +40,8 @@ console = Console(stderr=True)
 
 DRAIN_S = 5
 """How long vLLM may finish running requests after Ctrl-C, where it was told nothing else."""
-END_S = 3
-"""How long it may take to end then."""
+END_S = 8
+"""How long it may take to end then: its side process STOP_S, and itself the rest."""
 
 
 def vllm_command(

@@ -39,6 +39,11 @@ _NOT_SETTINGS = {
     *KEYS_VARIABLES,
     API_KEY_VARIABLE,
 }
+_SERVICE_LINK = re.compile(
+    r"(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_\w+)=.*|(\w+_)?PORT=\w+://.*"
+)
+"""What Kubernetes tells every pod of a service: of one called neuroscope-features, for example
+NEUROSCOPE_FEATURES_PORT=tcp://10.0.0.1:8081."""
 _ORIGIN = re.compile(r"https?://(\[[0-9a-f:]+\]|[a-z0-9.-]+)(:\d{1,5})?")
 
 Ranking = Literal["zscore", "tail", "quantile", "activation"]
@@ -210,8 +215,8 @@ _LISTS = {name for name, field in _FIELDS.items() if field.default_factory is li
 
 
 def asked_for(flags: Mapping[str, Any], environ: Mapping[str, str]) -> bool:
-    """Whether anything names an SAE or a file that may; other variables of our prefix, such as
-    those Kubernetes makes for a service of our name, are no reason to interfere."""
+    """Whether anything names an SAE or a file that may; other variables of our prefix are no
+    reason to interfere."""
     return bool(flags) or any(environ.get(ENV_PREFIX + name) for name in ("SAE", "CONFIG"))
 
 
@@ -264,12 +269,15 @@ def settings_dict(settings: Settings) -> dict[str, Any]:
 
 
 def from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
-    """NEUROSCOPE_SAE and friends; lists are comma-separated."""
+    """NEUROSCOPE_SAE and friends; lists are comma-separated. Kubernetes' own are left out."""
     values: dict[str, Any] = {}
     for variable, text in environ.items():
         if not variable.startswith(ENV_PREFIX) or variable in _NOT_SETTINGS or not text:
             continue
-        name = variable.removeprefix(ENV_PREFIX).lower()
+        name = variable.removeprefix(ENV_PREFIX)
+        if _SERVICE_LINK.fullmatch(f"{name}={text}"):
+            continue
+        name = name.lower()
         _checked_keys([name], f"the environment variable {variable}")
         values[name] = [part.strip() for part in text.split(",")] if name in _LISTS else text
     return values
@@ -306,8 +314,17 @@ def _checked_keys(values: Any, where: str, known: Collection[str] = tuple(_FIELD
 
 
 def cache_dir() -> Path:
-    """Where converted demo models live: $NEUROSCOPE_CACHE, else the user's cache folder."""
+    """Where the demo's model and what Neuronpedia gave live: $NEUROSCOPE_CACHE, else the user's
+    cache folder."""
     if given := os.environ.get(CACHE_VARIABLE):
         return Path(given)
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "neuroscope"
+
+
+def unwritable_cache(error: OSError) -> ConfigError:
+    """For who could not keep something there."""
+    return ConfigError(
+        f"the cache {cache_dir()} can not be written ({error.strerror or error}); make room there,"
+        f" or name another folder with {CACHE_VARIABLE}."
+    )

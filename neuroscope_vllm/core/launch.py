@@ -33,6 +33,14 @@ from neuroscope_vllm.core.recording.folder import prepare
 logger = logging.getLogger(__name__)
 
 RESTART_PAUSE_S = 0.5
+MAX_PAUSE_S, WELL_S = 30.0, 60.0
+"""One that ends again and again waits ever longer, at most MAX_PAUSE_S; but after it ran for WELL_S
+not at all."""
+STOP_S = 5.0
+"""How long it may take to end: a second for its streams, three to record and export what has
+finished."""
+OTHER_FILES = 1024
+"""Beside those of readers: engines, chats that are passed through, a recording."""
 MAX_RUNTIME_BASE = 70
 """A unix socket's path ends at 107 bytes; ours adds about 30."""
 
@@ -72,24 +80,24 @@ class SideProcess:
         self._spawn()
         threading.Thread(target=self._watch, name="neuroscope-side", daemon=True).start()
 
-    def stop(self, timeout: float = 5.0) -> None:
-        """SIGTERM, so that readers get a goodbye; SIGKILL after `timeout` seconds.
+    def stop(self) -> None:
+        """SIGTERM, so that readers get a goodbye; SIGKILL after STOP_S.
 
         Also removes the runtime directory. Does nothing in a fork of the front process.
         """
         if os.getpid() != self._owner_pid:
             return
         self._stopping.set()
-        self._end(timeout)
+        self._end()
         shutil.rmtree(self.directory, ignore_errors=True)
 
-    def _end(self, timeout: float) -> None:
+    def _end(self) -> None:
         process = self._process
         if process is None or process.poll() is not None:
             return
         process.terminate()
         try:
-            process.wait(timeout)
+            process.wait(STOP_S)
         except subprocess.TimeoutExpired:
             process.kill()
 
@@ -108,13 +116,26 @@ class SideProcess:
         )
 
     def _watch(self) -> None:
+        pause = 0.0
         while not self._stopping.is_set():
             assert self._process is not None
+            began = time.monotonic()
             code = self._process.wait()
+            if time.monotonic() - began > WELL_S:
+                pause = 0.0
             if self._stopping.wait(RESTART_PAUSE_S):
                 return
-            logger.warning("neuroscope: the side process ended (%s); starting it again.", code)
+            text = "neuroscope: the side process ended (%s); starting it again in %g s."
+            logger.warning(text, code, pause)
+            if self._stopping.wait(pause):
+                return
             self._spawn()
+            pause = min(2 * pause + 1, MAX_PAUSE_S)
+
+
+def files_wanted(settings: Settings) -> int:
+    """How many files a side process may have open; a reader is one."""
+    return settings.max_readers + OTHER_FILES
 
 
 def check_side(settings: Settings, keys: KeyDigests) -> None:

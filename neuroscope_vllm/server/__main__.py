@@ -22,7 +22,7 @@ import uvicorn
 from fastapi import FastAPI
 from sse_starlette.sse import AppStatus
 
-from neuroscope_vllm.core.launch import SideConfig
+from neuroscope_vllm.core.launch import SideConfig, files_wanted
 from neuroscope_vllm.server.app import create_app
 from neuroscope_vllm.server.connection import impatient
 from neuroscope_vllm.server.hub import Hub
@@ -34,8 +34,6 @@ GRACEFUL_S = 1
 GC_THRESHOLDS = 20_000, 10, 5
 """Every reader is some 500 objects, and a full pass over a thousand of them takes 0.25 s. By
 Python's own thresholds there would be one each second under load."""
-OTHER_FILES = 1024
-"""Beside those of readers: engines, chats that are passed through, a recording."""
 
 
 class SideServer(uvicorn.Server):
@@ -117,9 +115,9 @@ def run(
 
     `app` is made from the same config; None: the one that engines connect to.
     """
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    allow_files(config.settings.max_readers + OTHER_FILES)
+    allow_files(files_wanted(config.settings))
     host, port = listener.getsockname()[:2]
     logger.info("neuroscope: features of %s on http://%s:%s", config.model, host, port)
     app = app or create_app(config)

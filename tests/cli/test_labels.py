@@ -72,6 +72,19 @@ def test_neuronpedias_labels_come_by_the_saes_name_alone(bucket: Bucket) -> None
     assert [one["labels"] for one in listed["labellers"]] == [3277]
 
 
+def test_a_cache_that_can_not_be_written_is_named(
+    bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bucket.put([row(1, "one")])
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("NEUROSCOPE_CACHE", str(tmp_path / "file" / "cache"))
+    for words in (["labels", "import", "neuronpedia", *GEMMA], ["demo", "--print-command"]):
+        refused = CliRunner().invoke(main, words)
+        assert refused.exit_code == 1
+        assert "file/cache can not be written (Not a directory); make room there" in refused.stderr
+        assert "NEUROSCOPE_CACHE" in refused.stderr
+
+
 def test_a_hub_serves_what_was_imported_for_a_suites_name(bucket: Bucket, tmp_path: Path) -> None:
     bucket.put([row(12082, "references to dogs"), row(3124, "San Francisco")])
     assert run("import", "neuronpedia", *GEMMA)[0] == 0

@@ -84,11 +84,35 @@ def test_a_suite_has_an_sae_of_each_layer() -> None:
     assert resolve({"sae": "gemma-scope"}, {}).sae == ["gemma-scope"]
 
 
+def service_link(prefix: str, port: int) -> dict[str, str]:
+    """What Kubernetes sets in every pod for a service with a named port."""
+    ip, url = "10.0.0.1", f"tcp://10.0.0.1:{port}"
+    return {
+        f"{prefix}_SERVICE_HOST": ip,
+        f"{prefix}_SERVICE_PORT": str(port),
+        f"{prefix}_SERVICE_PORT_HTTP": str(port),
+        f"{prefix}_PORT": url,
+        f"{prefix}_PORT_{port}_TCP": url,
+        f"{prefix}_PORT_{port}_TCP_PROTO": "tcp",
+        f"{prefix}_PORT_{port}_TCP_PORT": str(port),
+        f"{prefix}_PORT_{port}_TCP_ADDR": ip,
+    }
+
+
 def test_stray_variables_of_our_prefix_do_not_make_us_interfere() -> None:
-    """Kubernetes sets NEUROSCOPE_SERVICE_HOST for a service called neuroscope."""
-    assert not asked_for({}, {"NEUROSCOPE_SERVICE_HOST": "10.0.0.1"})
+    assert not asked_for({}, service_link("NEUROSCOPE", 8081))
     assert asked_for({}, {"NEUROSCOPE_SAE": "s"})
     assert asked_for({"sae": "s"}, {})
+
+
+def test_services_of_kubernetes_are_no_settings() -> None:
+    names = ("NEUROSCOPE", "NEUROSCOPE_VLLM", "NEUROSCOPE_FEATURES")
+    links = {k: v for name in names for k, v in service_link(name, 8090).items()}
+    assert resolve({}, links) == Settings()
+    own = {"NEUROSCOPE_FEATURES_PORT": "8090", "NEUROSCOPE_FEATURES_HOST": "::1"}
+    assert resolve({}, {**links, **own}).features_port == 8090
+    with pytest.raises(ConfigError, match="did you mean features_port"):
+        resolve({}, {"NEUROSCOPE_FEATURE_PORT": "8090"})
 
 
 def test_a_childs_environment_has_no_say() -> None:

@@ -18,6 +18,10 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 
+from neuroscope_vllm.cli.supervise import DRAIN_S, END_S
+from neuroscope_vllm.core.launch import STOP_S
+from neuroscope_vllm.server import otel, recorder
+from neuroscope_vllm.server.__main__ import GRACEFUL_S
 from tests.deploy import files
 from tests.deploy.files import COMPOSE, DOCKER, DOCKERFILES, ROOT
 from tests.support.served import bin_path
@@ -116,12 +120,23 @@ def vllm_words() -> dict[str, list[str]]:
 
 
 def test_our_settings_come_through(vllm_words: dict[str, list[str]]) -> None:
-    assert len(vllm_words) == 3
+    assert len(vllm_words) == 4
     for where, words in vllm_words.items():
         settings = json.loads(words[words.index("--additional-config") + 1])["neuroscope"]
         assert settings["features_host"] == "0.0.0.0"
         assert settings["sae"]
         assert ("hub" in settings) == where.startswith("ray")
+
+
+def test_chats_may_end_before_a_container_is_killed(vllm_words: dict[str, list[str]]) -> None:
+    for name, file in COMPOSE.items():
+        for service, settings in files.services(file).items():
+            for where in (where for where in vllm_words if where.startswith(f"{name}: {service}")):
+                words = vllm_words[where]
+                drain = int(words[words.index("--shutdown-timeout") + 1])
+                assert drain > DRAIN_S
+                assert drain + END_S <= int(settings["stop_grace_period"].removesuffix("s"))
+    assert END_S > STOP_S > GRACEFUL_S + recorder.CLOSE_S >= GRACEFUL_S + otel.CLOSE_S
 
 
 def test_vllm_takes_them(vllm_words: dict[str, list[str]]) -> None:

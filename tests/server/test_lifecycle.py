@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import zmq
 
 from neuroscope_vllm.core import launch, wire
@@ -89,6 +91,12 @@ def test_malformed_messages_are_counted_and_harm_nobody(side: Side, engine: Fake
     context.term()
 
 
+def test_its_log_tells_the_time(new_side: NewSide, capfd: pytest.CaptureFixture[str]):
+    new_side()
+    first = capfd.readouterr().err.splitlines()[0]
+    assert re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} INFO neuroscope: features of", first)
+
+
 def test_sigterm_says_goodbye_and_ends_in_time(new_side: NewSide):
     side = new_side()
     with side.open() as everything, side.open("one") as one:
@@ -154,6 +162,27 @@ def test_a_killed_hub_comes_back_and_engines_with_it(new_side: NewSide):
             assert (event := next(events))["event"] == "gap"
             assert event["reason"] == "restarted"
             assert next(events)["request_id"] == "second"
+
+
+def test_a_hub_that_ends_again_and_again_is_given_pauses(
+    new_side: NewSide, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    side = new_side()
+
+    def kill() -> float:
+        old, began = side.process.pid, time.monotonic()
+        assert old is not None
+        os.kill(old, signal.SIGKILL)
+        wait_until(lambda: side.process.pid != old)
+        return time.monotonic() - began
+
+    kill()
+    assert kill() > 1
+    monkeypatch.setattr(launch, "WELL_S", 0.0)
+    kill()
+    logged = [record.getMessage() for record in caplog.records if record.name == launch.__name__]
+    assert [line.rpartition(" in ")[2] for line in logged] == ["0 s.", "1 s.", "0 s."]
+    assert "the side process ended (-9)" in logged[0]
 
 
 def test_requests_of_an_engine_that_leaves_end_with_an_error(new_side: NewSide):

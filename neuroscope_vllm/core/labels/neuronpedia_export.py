@@ -21,7 +21,7 @@ from tenacity import (
     wait_random_exponential,
 )
 
-from neuroscope_vllm.core.config import cache_dir
+from neuroscope_vllm.core.config import cache_dir, unwritable_cache
 from neuroscope_vllm.core.errors import DownloadError
 from neuroscope_vllm.core.labels.neuronpedia import by_number, check_identifier
 
@@ -43,7 +43,7 @@ def fetch_explanations(
         progress: Is told how many files of how many are there.
 
     Raises:
-        ConfigError: The identifier is none.
+        ConfigError: The identifier is none, or the cache can not be written.
         DownloadError: The export has no such source, or does not answer.
     """
     base = os.environ.get(BASE_VARIABLE, BASE).rstrip("/")
@@ -59,8 +59,11 @@ def fetch_explanations(
                     f"{base} has no explanations of {identifier}; look the source up on "
                     f"neuronpedia.org, or give files with --from."
                 )
-            folder.mkdir(parents=True, exist_ok=True)
-            _fetch_all(client, f"{base}/{prefix}", folder, sizes, progress)
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                _fetch_all(client, f"{base}/{prefix}", folder, sizes, progress)
+            except OSError as error:
+                raise unwritable_cache(error) from error
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise DownloadError(
             f"explanations of {identifier} could not be fetched from {base} ({_one_line(error)}); "

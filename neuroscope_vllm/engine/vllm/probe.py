@@ -23,7 +23,8 @@ OURS = "neuroscope"
 class Probed(msgspec.Struct):
     """
     Attributes:
-        platform: vLLM's name of it, e.g. "cuda" or "cpu".
+        platform: vLLM's name of it, e.g. "cuda" or "cpu"; empty: none that it was built
+            for is there.
         device: Name of the GPU; None: there is none.
         broken: Other plugins that fail, and how.
         replaced: Architectures of ours that another plugin registers too, by plugin.

@@ -17,7 +17,9 @@ from neuroscope_vllm.engine.hf.serve.spec import ServeSpec
 
 
 def main() -> None:
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
     # Before torch is loaded. Where MPS lacks an operation, the CPU does it, and PyTorch says so.
     os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
