@@ -123,8 +123,7 @@ class Hub:
         if now - self._ticked_at > PAUSED_S:
             self.senders.excuse(now - self._ticked_at)
         self._ticked_at = now
-        for gone in self.senders.forget(now):
-            self._engine_gone(gone, now)
+        self.senders.forget(now)
         self._end_unheard(now)
         for partial in self._stages.tick(now):
             try:
@@ -225,7 +224,7 @@ class Hub:
 
     def _end_unheard(self, now: float) -> None:
         """Requests of a scheduler that nobody knows (any more) will never end by themselves."""
-        known = self.senders.schedulers
+        known = self.senders.schedulers(now)
         for opened in list(self._open.values()):
             if opened.engine not in known and now - opened.since > FORGOTTEN_AFTER_S:
                 self._fail(opened, GONE, now)

@@ -1,6 +1,7 @@
 """What engines count and how they are, as Prometheus reads it.
 
-Counters of an engine are sums over its senders, each as of its last hello.
+Counters of an engine are sums over its senders, each as of its last hello, until an hour after the
+last of them left.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ from neuroscope_vllm.server.senders import Senders
 
 def sender_metrics(senders: Senders, now: float) -> Iterator[Metric]:
     """Of those that send to one hub."""
-    yield from _info(senders)
-    yield from _totals(senders.totals())
+    yield from _info(senders, now)
+    yield from _totals(senders.engines.totals())
     yield from _states(senders, now)
 
 
-def _info(senders: Senders) -> Iterator[Metric]:
+def _info(senders: Senders, now: float) -> Iterator[Metric]:
     site_info = InfoMetricFamily(
         "neuroscope_site", "An observed layer and the SAE that reads it.", labels=["layer"]
     )
@@ -32,7 +33,9 @@ def _info(senders: Senders) -> Iterator[Metric]:
     engine_info = InfoMetricFamily(
         "neuroscope_engine", "An engine that sends features.", labels=["engine"]
     )
-    for engine, hello in {s.hello.engine: s.hello for s in senders.workers()}.items():
+    hellos = {s.hello.engine: s.hello for s in senders.workers()}
+    hellos |= {name: one.hello for name, one in senders.engines.missing(now) if one.hello}
+    for engine, hello in hellos.items():
         about = {
             "model": hello.model,
             "dp_rank": str(hello.dp_rank),
@@ -100,10 +103,12 @@ def _states(senders: Senders, now: float) -> Iterator[Metric]:
     for sender in senders.workers():
         well = sender.hello.armed and not sender.lost(now)
         armed[sender.hello.engine] = armed.get(sender.hello.engine, True) and well
+    armed |= {name: False for name, _ in senders.engines.missing(now)}
     yield gauge(
         "armed",
         "1 where all workers of an engine passed their self-test, encoded their last step and"
-        " were heard of lately. What /health calls armed is all engines, and at least one.",
+        " were heard of lately. One that went without a goodbye is 0 for 15 minutes, unless another"
+        " took its place. What /health calls armed is all engines that it knows, and at least one.",
         [([engine], well) for engine, well in armed.items()],
         ["engine"],
     )
@@ -119,7 +124,7 @@ def _states(senders: Senders, now: float) -> Iterator[Metric]:
     yield gauge(
         "sender_silent_seconds",
         "Since the longest silent sender of an engine was heard; they speak once a second, and"
-        " are forgotten after a minute.",
+        " are forgotten when all of an engine are silent for a minute.",
         silent.items(),
         ["engine", "role"],
     )
