@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from typing import Any, NamedTuple
-from urllib.parse import urlsplit
 
 import httpx
 
 from neuroscope_vllm.cli.doctor_check import Asked, Check, Section, cut
 from neuroscope_vllm.cli.doctor_hub import hub_check
 from neuroscope_vllm.cli.doctor_versions import OURS, installed
-from neuroscope_vllm.cli.machine import gpus
 
 TIMEOUT_S = 5.0
 LOSSES = (
@@ -100,7 +98,7 @@ def _described(section: Section, asked: Asked, running: Running) -> None:
     _armed(section, running)
     _senders(section, running.described)
     _warnings(section, running.described)
-    _cuda_graphs(section, running.described, asked.url)
+    _cuda_graphs(section, running.described)
     _losses(section, running.described)
     _coverage(section, running.described)
     _chat(section, asked, running.described)
@@ -210,26 +208,23 @@ def _self_test(section: Section, subject: str, test: dict[str, Any]) -> None:
         section.ok("self_test", f"{test['tokens']} tokens, {shown or 'no figures'}", subject)
 
 
-def _cuda_graphs(section: Section, described: dict[str, Any], url: str) -> None:
-    local = urlsplit(url).hostname in ("127.0.0.1", "localhost", "::1")
-    found = gpus() if local else []
+def _cuda_graphs(section: Section, described: dict[str, Any]) -> None:
     for one in described["senders"]:
         if one["role"] != "worker" or one["runner"] == "transformers" or not one["cudagraph_mode"]:
             continue
-        mode = one["cudagraph_mode"]
-        seen = f"{mode}, runner {one['runner']}"
+        mode, device = one["cudagraph_mode"], one["device"]
+        seen = f"{mode}, runner {one['runner']} on {device or 'an unnamed device'}"
         if mode != "NONE":
             section.ok("cuda_graphs", seen, one["sender"])
-        elif found:
+        elif device in ("", "cpu"):
+            section.skip("cuda_graphs", seen, one["sender"])
+        else:
             section.warn(
                 "cuda_graphs",
-                f"{seen}, though there is a GPU here, so every step pays for its launches.",
+                f"{seen} of {one['host']}, so every step pays for its launches.",
                 "Leave --enforce-eager and cudagraph_mode out of vLLM's flags; we need neither.",
                 one["sender"],
             )
-        else:
-            where = "no NVIDIA GPU is here" if local else "whether a GPU is there is not known"
-            section.skip("cuda_graphs", f"{seen}; {where}", one["sender"])
 
 
 def _losses(section: Section, described: dict[str, Any]) -> None:

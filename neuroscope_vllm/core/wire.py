@@ -77,6 +77,8 @@ class Hello(msgspec.Struct, tag="hello"):
     model: str
     wire_version: int = WIRE_VERSION
     armed: bool = False
+    host: str = ""  # its name, of the machine or the container
+    device: str = ""  # e.g. "NVIDIA H200" or "cpu", workers only
     runner: str = ""  # "v1" | "v2", workers only
     cudagraph_mode: str = ""  # vLLM's name, e.g. "FULL_AND_PIECEWISE"; "NONE" when off
     sites: list[Site] = []

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import socket
 import threading
 import time
 from collections import Counter
@@ -256,6 +257,8 @@ class FakeEngine:
             dp_rank=0,
             model="fake",
             armed=self._armed,
+            host=socket.gethostname(),
+            device="cpu" if role == "worker" else "",
             runner="v1",
             sites=sites if role == "worker" else [],
             counters=counters,

@@ -146,6 +146,8 @@ class Senders:
                 "armed": sender.hello.armed,
                 "lost": sender.lost(now),
                 "silent_s": round(now - sender.heard_at, 1),
+                "host": sender.hello.host,
+                "device": sender.hello.device,
                 "runner": sender.hello.runner,
                 "cudagraph_mode": sender.hello.cudagraph_mode,
                 "warnings": sender.hello.warnings,

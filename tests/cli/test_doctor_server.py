@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 
-from neuroscope_vllm.core import launch
+from neuroscope_vllm.core import launch, wire
 from neuroscope_vllm.core.keys import create_keys
 from neuroscope_vllm.engine.fake import FakeEngine
 from tests.server.side import Side, start_side, wait_until
+from tests.server.test_limits import raw_sender
 from tests.support.doctor import Report, doctor
 from tests.support.served import Served, free_port
 
@@ -70,6 +71,23 @@ def test_a_server_whose_engine_is_silent(side: Side, ask: Callable[[], Report]) 
             child.kill()
     assert [c["verdict"] for c in found.of("server", "senders")] == ["failure"] * 2
     assert found.verdict("server", "armed") == "failure"
+
+
+def test_a_worker_on_a_gpu_of_another_host(side: Side, ask: Callable[[], Report]) -> None:
+    on_gpu = wire.Hello(
+        *("elsewhere", "worker", "gpu", 0, "m"),
+        armed=True,
+        host="gpu-7",
+        device="NVIDIA H200",
+        runner="v2",
+        cudagraph_mode="NONE",
+    )
+    with raw_sender(side) as send:
+        send(on_gpu)
+        wait_until(lambda: side.get("/health").status_code == 200)
+        graphs = ask().one("server", "cuda_graphs")
+    assert (graphs["verdict"], graphs["subject"]) == ("warning", "elsewhere")
+    assert graphs["seen"].startswith("NONE, runner v2 on NVIDIA H200 of gpu-7")
 
 
 def test_no_server_where_one_was_named() -> None:

@@ -90,6 +90,7 @@ def test_the_runner_and_its_graphs_are_what_was_asked_for(served: Served) -> Non
     senders = httpx.get(f"{served.features}/v1/features/describe").json()["senders"]
     (worker,) = [sender for sender in senders if sender["role"] == "worker"]
     assert (worker["runner"], worker["cudagraph_mode"]) == ("v2", "FULL")
+    assert worker["device"] == torch.cuda.get_device_name()
 
 
 def test_features_are_those_of_transformers(

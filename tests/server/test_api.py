@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -131,6 +132,7 @@ def test_describe(side: Side, engine: FakeEngine):
     assert body["sites"][0]["sae"]["width"] == 16384
     assert body["labellers"] == [{"labeller": "test", "layer": 20, "labels": 3, "coverage": 0.0002}]
     assert {sender["role"] for sender in body["senders"]} == {"worker", "scheduler"}
+    assert {sender["host"] for sender in body["senders"]} == {socket.gethostname()}
     assert body["counters"]["messages"] > 0
 
 

@@ -6,6 +6,7 @@ Run on the V1 runner, compiled, and on the V2 runner under Triton's interpreter.
 
 from __future__ import annotations
 
+import socket
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -92,8 +93,9 @@ def chats(served: Served) -> list[dict[str, Any]]:
 
 def test_runner_is_the_one_asked_for(served: Served, mode: str) -> None:
     senders = httpx.get(f"{served.features}/v1/features/describe").json()["senders"]
-    runners = [s["runner"] for s in senders if s["role"] == "worker"]
-    assert runners == ["v2" if mode == "v2" else "v1"]
+    workers = [(s["runner"], s["device"]) for s in senders if s["role"] == "worker"]
+    assert workers == [("v2" if mode == "v2" else "v1", "cpu")]
+    assert {s["host"] for s in senders} == {socket.gethostname()}
 
 
 def test_each_stream_holds_exactly_its_own_tokens(

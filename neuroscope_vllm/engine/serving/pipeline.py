@@ -238,6 +238,11 @@ class EncodePipeline:
         return {"steered": steered, "hits": hits}
 
 
+def device_name(device: torch.device) -> str:
+    """As a worker tells it: the GPU's, else the kind."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 def _microseconds_since(began: float) -> int:
     return round((time.perf_counter() - began) * 1e6)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import threading
 import time
 from collections import deque
@@ -42,11 +43,11 @@ class RequestLog:
         self._ended_tokens = 0
         # Requests start, go on, and are told again each on a thread of its own.
         self._lock = threading.Lock()
-        sender = f"scheduler-{engine}-{os.getpid()}"
+        sender, host = f"scheduler-{engine}-{os.getpid()}", socket.gethostname()
         self.sender = Sender(
             endpoint,
             lambda counters: wire.Hello(
-                sender, "scheduler", engine, dp_rank, model, counters=counters
+                sender, "scheduler", engine, dp_rank, model, host=host, counters=counters
             ),
             self.resync,
             command=command,

@@ -11,6 +11,7 @@ import atexit
 import importlib
 import logging
 import os
+import socket
 from collections.abc import Callable
 from typing import Any
 
@@ -21,7 +22,7 @@ from vllm.model_executor.models import ModelRegistry
 from neuroscope_vllm.core import wire
 from neuroscope_vllm.core.sae.sae import SAE
 from neuroscope_vllm.core.sender import Sender
-from neuroscope_vllm.engine.serving.pipeline import EncodePipeline
+from neuroscope_vllm.engine.serving.pipeline import EncodePipeline, device_name
 from neuroscope_vllm.engine.serving.sites import BuiltSite, SiteSettings, load
 from neuroscope_vllm.engine.serving.steerer import Steerer
 from neuroscope_vllm.engine.serving.step import StepView
@@ -178,6 +179,7 @@ def _stream(
     assert settings.endpoint is not None
     engine = engine_name(vllm_config)
     rows = [hook.resid_post(site.probe.layer) for site in built]
+    host, device = socket.gethostname(), device_name(rows[0].device)
 
     def hello(counters: dict[str, int]) -> wire.Hello:
         return wire.Hello(
@@ -187,6 +189,8 @@ def _stream(
             dp_rank=engine_rank(vllm_config),
             model=settings.model,
             armed=test.passed and not pipeline.failing,
+            host=host,
+            device=device,
             runner="v2" if is_v2(runner) else "v1",
             cudagraph_mode=_cudagraph_mode(vllm_config),
             sites=[site.wire for site in built],

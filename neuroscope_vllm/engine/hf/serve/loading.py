@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import logging
 import os
+import socket
 import uuid
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from neuroscope_vllm.engine.hf.serve.answering import Served
 from neuroscope_vllm.engine.hf.serve.generation import Generator
 from neuroscope_vllm.engine.hf.serve.spec import ServeSpec
 from neuroscope_vllm.engine.hf.serve.watch import ModelWatch
+from neuroscope_vllm.engine.serving.pipeline import device_name
 from neuroscope_vllm.engine.serving.requests import RequestLog
 from neuroscope_vllm.engine.serving.self_test import MAX_TOKENS, TEXT
 from neuroscope_vllm.engine.serving.sites import find_sites, layers_of, steering_catalogue
@@ -74,6 +76,7 @@ class Loaded:
         Raises EngineError: The self-test failed.
         """
         engine = f"transformers-{uuid.uuid4().hex[:5]}-0"
+        host, device = socket.gethostname(), device_name(self._placement.device)
         state: dict[str, Any] = {"armed": False, "self_test": [], "warnings": []}
 
         def hello(counters: dict[str, int]) -> wire.Hello:
@@ -84,6 +87,8 @@ class Loaded:
                 dp_rank=0,
                 model=self._spec.name,
                 armed=state["armed"] and not watch.pipeline.failing,
+                host=host,
+                device=device,
                 runner="transformers",
                 cudagraph_mode="NONE",
                 sites=[site.wire for site in watch.built],
