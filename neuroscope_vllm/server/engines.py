@@ -16,29 +16,31 @@ MAX_REMEMBERED = 2048
 
 class Engine:
     """Attributes:
-    hello: The last of one of its workers.
+    hellos: The last of each sender that did not say goodbye.
     since, heard_at: When one of its senders was heard first, and last.
     there_at: When it had senders last.
     missing: Its scheduler went silent, without a goodbye.
     """
 
     def __init__(self, hello: wire.Hello, now: float) -> None:
-        self.hello: wire.Hello | None = None
+        self.hellos: dict[str, wire.Hello] = {}
         self.since = self.heard_at = self.there_at = now
         self.missing = False
         self.place = hello.model, hello.dp_rank
-        self.counted: dict[str, tuple[str, dict[str, int]]] = {}
-        """Of each sender: its role, and its counters."""
-        self.ended: dict[str, Counter[str]] = {}
+        self._ended: dict[str, Counter[str]] = {}
         """By role, of senders that said goodbye."""
 
     def totals(self) -> dict[str, Counter[str]]:
         """By role. A sender that is started again counts from 0 under another name, so that none
         goes back."""
-        totals = {role: counters.copy() for role, counters in self.ended.items()}
-        for role, counters in self.counted.values():
-            totals.setdefault(role, Counter()).update(counters)
+        totals = {role: counters.copy() for role, counters in self._ended.items()}
+        for hello in self.hellos.values():
+            totals.setdefault(hello.role, Counter()).update(hello.counters)
         return totals
+
+    def goodbye(self, sender: str) -> None:
+        if hello := self.hellos.pop(sender, None):
+            self._ended.setdefault(hello.role, Counter()).update(hello.counters)
 
 
 class Engines:
@@ -51,21 +53,16 @@ class Engines:
         engine = self._engines.get(hello.engine)
         if engine is None:
             engine = self._engines[hello.engine] = Engine(hello, now)
-        is_new = hello.sender not in engine.counted
-        engine.counted[hello.sender] = hello.role, hello.counters
+        is_new = hello.sender not in engine.hellos
+        engine.hellos[hello.sender] = hello
         engine.heard_at = engine.there_at = now
         engine.missing = False
-        if hello.role == "worker":
-            engine.hello = hello
         if is_new:
             self._make_room()
 
-    def ended(self, hello: wire.Hello) -> None:
-        """This sender said goodbye."""
-        engine = self._engines.get(hello.engine)
-        if engine is not None and hello.sender in engine.counted:
-            role, counters = engine.counted.pop(hello.sender)
-            engine.ended.setdefault(role, Counter()).update(counters)
+    def goodbye(self, hello: wire.Hello) -> None:
+        if hello.engine in self._engines:
+            self._engines[hello.engine].goodbye(hello.sender)
 
     def miss(self, name: str) -> None:
         """Until a sender of it is heard again."""
@@ -101,6 +98,6 @@ class Engines:
         )
 
     def _make_room(self) -> None:
-        while sum(1 + len(one.counted) for one in self._engines.values()) > MAX_REMEMBERED:
+        while sum(1 + len(one.hellos) for one in self._engines.values()) > MAX_REMEMBERED:
             engines = self._engines
             del engines[min(engines, key=lambda name: engines[name].there_at)]

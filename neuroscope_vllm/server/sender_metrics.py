@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 
 from prometheus_client.core import InfoMetricFamily, Metric
 
+from neuroscope_vllm.core import wire
 from neuroscope_vllm.server.metric_families import counter, gauge
 from neuroscope_vllm.server.senders import Senders
 
@@ -31,19 +32,26 @@ def _info(senders: Senders, now: float) -> Iterator[Metric]:
         site_info.add_metric([str(site.layer)], about)
     yield site_info
     engine_info = InfoMetricFamily(
-        "neuroscope_engine", "An engine that sends features.", labels=["engine"]
+        "neuroscope_engine",
+        "An engine that sends features, once for each host of its workers.",
+        labels=["engine", "host"],
     )
-    hellos = {s.hello.engine: s.hello for s in senders.workers()}
-    hellos |= {name: one.hello for name, one in senders.engines.missing(now) if one.hello}
-    for engine, hello in hellos.items():
+    missing = [hello for _, one in senders.engines.missing(now) for hello in one.hellos.values()]
+    hellos = sorted([*missing, *(s.hello for s in senders.workers())], key=_is_workers)
+    for (engine, host), hello in {(one.engine, one.host): one for one in hellos}.items():
         about = {
             "model": hello.model,
+            "device": hello.device,
             "dp_rank": str(hello.dp_rank),
             "runner": hello.runner,
             "cudagraph_mode": hello.cudagraph_mode,
         }
-        engine_info.add_metric([engine], about)
+        engine_info.add_metric([engine, host], about)
     yield engine_info
+
+
+def _is_workers(hello: wire.Hello) -> bool:
+    return hello.role == "worker"
 
 
 def _totals(totals: Mapping[tuple[str, str], Counter[str]]) -> Iterator[Metric]:

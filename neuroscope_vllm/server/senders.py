@@ -90,7 +90,7 @@ class Senders:
     def goodbye(self, name: str) -> Sender | None:
         sender = self._senders.pop(name, None)
         if sender is not None:
-            self.engines.ended(sender.hello)
+            self.engines.goodbye(sender.hello)
         return sender
 
     def sites(self) -> list[wire.Site]:

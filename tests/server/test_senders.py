@@ -27,7 +27,7 @@ class Cluster:
             role = name.partition("-")[0]
             about = {"armed": role == "worker", "counters": {"rows_encoded": 10}}
             self._hellos[f"{engine} {name}"] = wire.Hello(
-                f"{engine} {name}", role, engine, 0, "m", **about
+                f"{engine} {name}", role, engine, 0, "m", host=f"host of {engine} {name}", **about
             )
 
     def silence(self, *names: str) -> None:
@@ -46,10 +46,9 @@ class Cluster:
                 self.hub.handle(hello, now=self._now)
             self.hub.tick(now=self._now)
 
-    def samples(self, name: str) -> dict[str, float]:
-        """Values by engine."""
+    def samples(self, name: str, label: str = "engine") -> dict[str, float]:
         return {
-            sample.labels["engine"]: sample.value
+            sample.labels[label]: sample.value
             for metric in sender_metrics(self.hub.senders, self._now)
             for sample in metric.samples
             if sample.name == f"neuroscope_{name}"
@@ -69,7 +68,8 @@ def test_an_engine_that_died_is_not_armed_for_a_quarter_of_an_hour():
     cluster.end("b worker", "b scheduler")
     cluster.run(890)
     assert cluster.samples("armed") == {"a": 0, "c": 1}
-    assert cluster.samples("engine_info") == {"a": 1, "c": 1}
+    hosts = {"host of a worker", "host of a scheduler", "host of c worker"}
+    assert cluster.samples("engine_info", "host").keys() == hosts
     assert cluster.is_armed  # it is no longer waited for
     cluster.run(20)
     assert cluster.samples("armed") == {"c": 1}
