@@ -349,12 +349,14 @@ def test_an_event_for_each_request_and_rule_hit(observed: Observed):
     assert (hit["neuroscope.position"], hit["neuroscope.tag"]) == (len(PROMPT), "noticed")
 
 
-def test_features_of_a_secret_request_are_not_exported(observed: Observed):
-    observed.engine.run("hidden", PROMPT, OUTPUT, Script(secret="a-secret-of-one-stream"))
+def test_features_and_hits_of_a_secret_request_are_not_exported(observed: Observed):
+    script = Script(secret="a-secret-of-one-stream", tag="noticed")
+    observed.engine.run("hidden", PROMPT, OUTPUT, script)
     [record] = wait_until(lambda: observed.collector.of("hidden"))
     found = attributes(record.attributes)
     assert found["gen_ai.usage.output_tokens"] == len(OUTPUT)
     assert "neuroscope.top_features" not in found
+    assert observed.collector.of("hidden", "gen_ai.evaluation.result") == []  # told before the end
 
 
 def test_a_collector_that_refuses_or_hangs_costs_events_only(observed: Observed):
