@@ -72,7 +72,7 @@ class Hub:
         self.epoch = secrets.token_hex(4)
         self.senders = Senders()
         self.counters: Counter[str] = Counter()
-        self.commands = Commands()
+        self.commands = Commands(self.counters)
         self.lags = Lags()
         parts = parts_of(settings)
         self._ring_bytes = parts.ring

@@ -167,11 +167,12 @@ def _arrivals(counters: Counter[str]) -> Iterator[Metric]:
 
 
 def _refusals(counters: Counter[str]) -> Iterator[Metric]:
-    limited = {"chats": "passed"} | {what: what for what in ("requests", "readers", "senders")}
+    plain = ("requests", "readers", "senders", "steering", "cards")
+    limited = {"chats": "passed"} | {what: what for what in plain}
     yield counter(
         "refused_at_limit",
         "What there was no room for: requests to follow (they run all the same), readers, senders,"
-        " chats to pass through to vLLM.",
+        " chats to pass through to vLLM, changes of steering, cards.",
         by_label(counters, {what: f"{name}_refused" for what, name in limited.items()}),
         ["what"],
     )
