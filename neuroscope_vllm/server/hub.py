@@ -74,8 +74,7 @@ class Hub:
         self.counters: Counter[str] = Counter()
         self.commands = Commands(self.counters)
         self.lags = Lags()
-        parts = parts_of(settings)
-        self._ring_bytes = parts.ring
+        self.parts = parts = parts_of(settings)
         self.traces = TraceStore(parts.traces, settings.trace_requests)
         self.ring = Log()
         self.prefixes = PrefixCache(parts.prefix)
@@ -386,7 +385,7 @@ class Hub:
     def _keep(self, trace: Trace, event: Event) -> None:
         self.ring.append(event)
         self.traces.append(trace, event)
-        while self.ring.bytes > self._ring_bytes:
+        while self.ring.bytes > self.parts.ring:
             self.ring.drop_oldest()
 
     def set_labels(self, labels: dict[int, list[LabelSet]]) -> None:

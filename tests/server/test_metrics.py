@@ -150,7 +150,13 @@ def test_it_agrees_with_describe(observed: Observed):
     assert value("hub_rows_total") == counters["rows"]
     kept = value("memory_bytes", "ring") + value("memory_bytes", "traces")
     assert kept == limits["kept_bytes"]
-    assert value("memory_limit_bytes") == limits["memory_mb"] * 2**20
+    ceilings = found["neuroscope_memory_limit_bytes"]
+    assert ceilings.keys() == found["neuroscope_memory_bytes"].keys()
+    assert sum(ceilings.values()) == limits["memory_mb"] * 2**20
+    assert ceilings["ring",] + ceilings["traces",] == limits["max_kept_bytes"]
+    assert ceilings["prefixes",] == limits["max_prefix_bytes"]
+    assert ceilings["running",] == limits["max_running_bytes"]
+    assert value("readers_limit") == limits["max_readers"]
     assert value("requests_kept") == limits["kept_requests"]
     assert value("readers", "all") + value("readers", "request") == limits["readers"]
     assert value("build_info", "fake", *_version(side)) == 1
