@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -41,6 +42,11 @@ def test_hadolint() -> None:
 def test_shellcheck() -> None:
     # SC1087: "$root[demo]" is a requirement with its extra, and no element of an array.
     run(bin_path("shellcheck"), "--exclude=SC1087", *files.SCRIPTS)
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool comes with Prometheus")
+def test_alerts_fire_when_they_should() -> None:
+    run("promtool", "test", "rules", Path(__file__).parent / "alerts.yml")
 
 
 @pytest.mark.parametrize("name", COMPOSE)
