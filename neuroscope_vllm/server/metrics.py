@@ -121,8 +121,8 @@ class HubCollector(Collector):
         )
         yield gauge(
             "memory_limit_bytes",
-            "Ceiling of each of these (ring_mb, what the others leave, prefix_mb, running_mb); the sum"
-            " is memory_mb. Of running, requests may have three quarters.",
+            "Ceiling of each of these (ring_mb, what the others leave, prefix_mb, running_mb); the"
+            " sum is memory_mb. Of running, requests may have three quarters.",
             [
                 (["ring"], parts.ring),
                 (["traces"], parts.traces),
