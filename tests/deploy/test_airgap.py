@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import subprocess
+import sys
+from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
-from tests.deploy.files import AIRGAP, PROJECT
+from tests.deploy.files import AIRGAP, PROJECT, ROOT
 
-HOST = {"huggingface_hub", "numpy", "pyarrow", "safetensors", "tokenizers", "torch"}
-"""Of our own dependencies, those that the host brings: see requirements.txt."""
+HOST = {
+    "huggingface_hub",
+    "numpy",
+    "pyarrow",
+    "safetensors",
+    "tokenizers",
+    "torch",
+    "transformers",
+    "triton",
+    "typing_extensions",
+}
+"""Of what is imported, those that the host brings: see requirements.txt, and what these need."""
 
 
 def pinned() -> dict[str, str]:
@@ -28,6 +43,45 @@ def test_versions_are_what_we_ask_for() -> None:
     for requirement in map(Requirement, [*PROJECT["dependencies"], *vllm]):
         if requirement.name not in HOST:
             assert requirement.specifier.contains(pins[requirement.name]), requirement.name
+
+
+def imported(file: Path, seen: set[Path]) -> Iterator[str]:
+    """Top-level packages that a file needs to be imported, also by way of others in tests/."""
+    if file in seen or not file.exists():
+        return
+    seen.add(file)
+    for node in ast.parse(file.read_text()).body:
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        for name in names:
+            if name.startswith("tests."):
+                yield from imported(ROOT.joinpath(*name.split(".")).with_suffix(".py"), seen)
+            else:
+                yield name.partition(".")[0]
+
+
+def required(distribution: str) -> Iterator[str]:
+    """It, and what it needs beside the host's."""
+    yield distribution
+    for requirement in map(Requirement, metadata.requires(distribution) or []):
+        needed = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
+        if needed and requirement.name.replace("-", "_") not in HOST:
+            yield from required(requirement.name)
+
+
+def test_what_the_tests_import_is_there() -> None:
+    seen: set[Path] = set()
+    tests = [ROOT / "tests" / "conftest.py", *(ROOT / "tests" / "gpu").glob("*.py")]
+    found = {name for file in tests for name in imported(file, seen)}
+    ours = {"neuroscope_vllm", "vllm", *sys.stdlib_module_names}
+    providers = metadata.packages_distributions()
+    needed = {one for name in found - ours - HOST for one in required(providers[name][0])}
+    assert {"pytest-xdist", "execnet", "hypothesis"} <= needed
+    pins = {canonicalize_name(name) for name in pinned()}
+    assert {canonicalize_name(name) for name in needed} <= pins
 
 
 @pytest.mark.parametrize("fault", ["a byte", "a part"])
