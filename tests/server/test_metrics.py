@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 import yaml
@@ -26,6 +25,7 @@ from neuroscope_vllm.core.errors import ConfigError
 from neuroscope_vllm.core.sae.info import SAEInfo
 from neuroscope_vllm.engine.fake import FakeEngine, Script, features_of
 from tests.server.otlp import Collector, attributes, collecting
+from tests.server.promql import expressions_in, metrics_in
 from tests.server.side import Side, start_side, wait_until
 
 DOCKER = Path(__file__).parents[2] / "docker"
@@ -266,33 +266,6 @@ def test_a_hundred_senders_do_not_stop_the_loop(observed: Observed):
         wait_until(lambda: ("many-49",) not in scrape(side)["neuroscope_armed"])
 
 
-_NO_METRIC = re.compile(
-    r"""
-    "[^"]*" | \{[^}]*\} | \[[^]]*\]              # values, selectors, ranges
-    | \b(by|on|ignoring)\s*\([^)]*\) | \bgroup_left\b
-    """,
-    re.VERBOSE,
-)
-
-
-def _names(expression: str) -> set[str]:
-    """Metrics that a PromQL expression asks for; functions are followed by a bracket."""
-    bare = _NO_METRIC.sub("", expression)
-    return set(re.findall(r"\b[a-z][a-z0-9_:]*_[a-z0-9_:]+\b(?! *\()", bare))
-
-
-def _expressions(node: Any) -> Iterator[str]:
-    if isinstance(node, dict):
-        for key, value in node.items():
-            if key in ("expr", "definition") and isinstance(value, str):
-                yield value
-            else:
-                yield from _expressions(value)
-    elif isinstance(node, list):
-        for one in node:
-            yield from _expressions(one)
-
-
 def test_dashboard_and_alerts_ask_for_what_there_is(observed: Observed):
     there = {"up"}
     for family in text_string_to_metric_families(observed.side.get("/metrics").text):
@@ -301,9 +274,9 @@ def test_dashboard_and_alerts_ask_for_what_there_is(observed: Observed):
     dashboard = json.loads((DOCKER / "grafana/dashboards/neuroscope.json").read_text())
     alerts = yaml.safe_load((DOCKER / "prometheus/alerts.yml").read_text())
     for content in (dashboard, alerts):
-        expressions = list(_expressions(content))
+        expressions = list(expressions_in(content))
         assert len(expressions) > 5
-        asked = {name for one in expressions for name in _names(one)}
+        asked = {name for one in expressions for name in metrics_in(one)}
         assert len(asked) > 5
         assert asked <= there, asked - there
     for rule in (rule for group in alerts["groups"] for rule in group["rules"]):
