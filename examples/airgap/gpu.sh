@@ -2,7 +2,8 @@
 # On an offline CUDA host: install what bundle.sh made, run the GPU tests, measure.
 #   examples/airgap/gpu.sh BUNDLE OUT [install] [test] [bench]      all three by default
 # Makes OUT/venv, which sees the host's own packages (PYTHON: its Python, python3.12), OUT/tests.log, figures as
-# OUT/*.json, and OUT/figures.md. A test or bench that fails leaves the rest to run.
+# OUT/*.json, and OUT/figures.md. A test or bench that fails leaves the rest to run, and figures of earlier runs stay
+# until theirs is measured again.
 set -euo pipefail
 [ $# -ge 2 ] || { echo "usage: $0 BUNDLE OUT [install] [test] [bench]" >&2; exit 2; }
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
@@ -22,6 +23,11 @@ run_install() {
   cat "$bundle"/wheels.tar.* | tar -C "$wheels" -xf -
   (cd "$wheels" && sha256sum --quiet --check "$bundle/MANIFEST")
   [ -x "$python" ] || "${PYTHON:-python3.12}" -m venv --system-site-packages "$out/venv"
+  "$python" -c 'import torch, triton, transformers' || {
+    rm -rf "$out/venv"
+    echo "A venv of ${PYTHON:-python3.12} does not see torch, triton and transformers: it sees what is installed for the base Python, and not for another venv; set PYTHON to a Python that has them." >&2
+    exit 1
+  }
   pip() { "$python" -m pip --disable-pip-version-check "$@" --no-index --no-deps --find-links "$wheels"; }
   pip install -q --requirement "$root/examples/airgap/requirements.txt"
   pip install -q --force-reinstall neuroscope-vllm
@@ -37,15 +43,16 @@ run_test() {
 overhead() {
   local name=$1
   shift
+  rm -f "$out/$name.json"
   neuroscope bench overhead --shape gemma-2-2b --batch 1,8,32,128 --json "$out/$name.json" "$@" -- \
     --compilation-config '{"cudagraph_mode": "FULL"}'
 }
 
 run_bench() {
   "$python" -c 'import torch; print(torch.cuda.get_device_name())' >"$out/card.txt"
-  rm -f "$out"/*.json
   overhead overhead || failed+=("bench overhead")
   overhead overhead-steered --steered all || failed+=("bench overhead --steered all")
+  rm -f "$out/encode.json"
   neuroscope bench encode --device cuda --json "$out/encode.json" || failed+=("bench encode")
   "$python" "$root/examples/airgap/figures.py" "$out" >"$out/figures.md"
   cat "$out/figures.md"

@@ -73,7 +73,7 @@ def create_app(config: SideConfig, feed: Callable[[Hub], Feed] | None = None) ->
     app.state.failure = None
     app.state.upstream = proxy.client(config.upstream) if config.upstream else None
     app.state.passed = 0
-    app.state.cards = CardReader()
+    app.state.cards = CardReader(hub.counters)
     app.state.replay = feed is not None
     app.state.feed = feed or (lambda hub: Ingest(hub, config.endpoint))
     errors.install(app)

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import sys
+from collections import Counter
 
 import msgspec
 
@@ -25,9 +26,11 @@ class CardError(Exception):
 
 
 class CardReader:
-    """Starts the process when it is needed; one card is read at a time."""
+    """Starts the process when it is needed; one card is read at a time. Counts `cards_refused`,
+    for want of room."""
 
-    def __init__(self) -> None:
+    def __init__(self, counters: Counter[str]) -> None:
+        self._counters = counters
         self._process: asyncio.subprocess.Process | None = None
         self._turn = asyncio.Lock()
         self._idle: asyncio.TimerHandle | None = None
@@ -36,6 +39,7 @@ class CardReader:
     async def read(self, wanted: Wanted) -> Card:
         """Raises CardError."""
         if self._waiting >= MAX_WAITING:
+            self._counters["cards_refused"] += 1
             raise CardError(f"{MAX_WAITING} others wait for a card; try again later.")
         self._waiting += 1
         try:

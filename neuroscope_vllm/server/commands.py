@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+from collections import Counter
 from collections.abc import Callable
 
 from neuroscope_vllm.core import wire
@@ -15,11 +16,12 @@ MAX_WAITING = 1024
 
 
 class Commands:
-    """Commands on their way, by number."""
+    """Commands on their way, by number; counts `steering_refused`, for want of room."""
 
-    def __init__(self) -> None:
+    def __init__(self, counters: Counter[str]) -> None:
         self.send: Callable[[str, bytes], bool] = lambda engine, data: False
         """To the scheduler of an engine; False: it can not be reached."""
+        self._counters = counters
         self._waiting: dict[str, asyncio.Future[wire.SteeringChanged]] = {}
 
     async def steer(
@@ -32,6 +34,7 @@ class Commands:
             TimeoutError: It did not answer; the change may still come.
         """
         if len(self._waiting) >= MAX_WAITING:
+            self._counters["steering_refused"] += 1
             raise ConnectionError
         command = secrets.token_hex(8)
         answer: asyncio.Future[wire.SteeringChanged] = asyncio.get_running_loop().create_future()

@@ -72,10 +72,9 @@ class Hub:
         self.epoch = secrets.token_hex(4)
         self.senders = Senders()
         self.counters: Counter[str] = Counter()
-        self.commands = Commands()
+        self.commands = Commands(self.counters)
         self.lags = Lags()
-        parts = parts_of(settings)
-        self._ring_bytes = parts.ring
+        self.parts = parts = parts_of(settings)
         self.traces = TraceStore(parts.traces, settings.trace_requests)
         self.ring = Log()
         self.prefixes = PrefixCache(parts.prefix)
@@ -123,8 +122,7 @@ class Hub:
         if now - self._ticked_at > PAUSED_S:
             self.senders.excuse(now - self._ticked_at)
         self._ticked_at = now
-        for gone in self.senders.forget(now):
-            self._engine_gone(gone, now)
+        self.senders.forget(now)
         self._end_unheard(now)
         for partial in self._stages.tick(now):
             try:
@@ -225,7 +223,7 @@ class Hub:
 
     def _end_unheard(self, now: float) -> None:
         """Requests of a scheduler that nobody knows (any more) will never end by themselves."""
-        known = self.senders.schedulers
+        known = self.senders.schedulers(now)
         for opened in list(self._open.values()):
             if opened.engine not in known and now - opened.since > FORGOTTEN_AFTER_S:
                 self._fail(opened, GONE, now)
@@ -387,7 +385,7 @@ class Hub:
     def _keep(self, trace: Trace, event: Event) -> None:
         self.ring.append(event)
         self.traces.append(trace, event)
-        while self.ring.bytes > self._ring_bytes:
+        while self.ring.bytes > self.parts.ring:
             self.ring.drop_oldest()
 
     def set_labels(self, labels: dict[int, list[LabelSet]]) -> None:

@@ -23,8 +23,8 @@ class Lags:
         self.hub = Histogram(
             "neuroscope_hub_lag_seconds",
             "From a step's tokens or features being ready in the engine to the hub having made"
-            " them events: both queues, the socket and the hub's own work. Of engines on the hub's"
-            " host alone (ipc://); clocks of other hosts can not be compared.",
+            " them events: both queues, the socket and the hub's own work. Of an ipc:// hub alone:"
+            " engines of a tcp:// hub may be on other hosts, whose clocks can not be compared.",
             buckets=BUCKETS_S,
             registry=None,
         )

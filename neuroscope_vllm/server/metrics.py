@@ -93,6 +93,11 @@ class HubCollector(Collector):
             [(["all"], hub.readers - hub.readers_of_one), (["request"], hub.readers_of_one)],
             ["kind"],
         )
+        yield gauge(
+            "readers_limit",
+            "Ceiling of all of them together (max_readers).",
+            [([], hub.settings.max_readers)],
+        )
         yield counter(
             "readers_timed_out",
             "Streams that were closed because their reader took nothing for 10 s.",
@@ -100,7 +105,7 @@ class HubCollector(Collector):
         )
 
     def _memory(self) -> Iterator[Metric]:
-        hub = self._hub
+        hub, parts = self._hub, self._hub.parts
         yield gauge(
             "memory_bytes",
             "What the hub keeps: events of all requests in order (ring), by request (traces),"
@@ -116,8 +121,15 @@ class HubCollector(Collector):
         )
         yield gauge(
             "memory_limit_bytes",
-            "Ceiling of all of it together (memory_mb).",
-            [([], hub.settings.memory_mb * 2**20)],
+            "Ceiling of each of these (ring_mb, what the others leave, prefix_mb, running_mb); the"
+            " sum is memory_mb. Of running, requests may have three quarters.",
+            [
+                (["ring"], parts.ring),
+                (["traces"], parts.traces),
+                (["prefixes"], parts.prefix),
+                (["running"], parts.running),
+            ],
+            ["store"],
         )
         yield gauge("requests_kept", "Choices kept for replay.", [([], len(hub.traces))])
         yield counter(
@@ -173,12 +185,13 @@ def _arrivals(counters: Counter[str]) -> Iterator[Metric]:
 
 
 def _refusals(counters: Counter[str]) -> Iterator[Metric]:
-    plain = ("requests", "readers", "readers_of_one_key", "senders")
+    plain = ("requests", "readers", "readers_of_one_key", "senders", "steering", "cards")
     limited = {"chats": "passed"} | {what: what for what in plain}
     yield counter(
         "refused_at_limit",
         "What there was no room for: requests to follow (they run all the same), readers,"
-        " readers beyond the share of their key, senders, chats to pass through to vLLM.",
+        " readers beyond the share of their key, senders, chats to pass through to vLLM, changes"
+        " of steering, cards.",
         by_label(counters, {what: f"{name}_refused" for what, name in limited.items()}),
         ["what"],
     )

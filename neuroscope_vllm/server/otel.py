@@ -3,7 +3,8 @@
 Off unless the settings ask for it. On the event loop this is one more reader of the stream; events
 are made on a thread, and OpenTelemetry's batch processor sends them on another: a collector that is
 slow or gone costs events, which are counted, and never the hub's time. What was said is left out:
-ids, counts, features and their labels only.
+ids, counts, features and their labels only. And as who reads a collector's logs has not shown a
+request's secret, neither features nor hits of one that has a secret are told.
 """
 
 from __future__ import annotations
@@ -119,7 +120,7 @@ class Export:
                     continue
                 if event.name == "done":
                     told.append(_Told(event, trace.read(trace.first, trace.end - trace.first)))
-                elif event.name == "rule":
+                elif event.name == "rule" and not event.is_secret:
                     told.append(_Told(event, _first(trace)))
         return told
 
@@ -221,7 +222,6 @@ def _ended(told: _Told, request: events.RequestEvent | None, model: str) -> dict
         "neuroscope.positions_dropped": done.dropped,
         "neuroscope.steered": None if request is None else request.steering is not None,
         "neuroscope.retold": None if request is None else request.retold,
-        # Who reads a collector's logs has not shown its secret.
         "neuroscope.top_features": None if told.event.is_secret else list(_top_features(told.kept)),
     }
 

@@ -1,6 +1,7 @@
 """What engines count and how they are, as Prometheus reads it.
 
-Counters of an engine are sums over its senders, each as of its last hello.
+Counters of an engine are sums over its senders, each as of its last hello, until an hour after the
+last of them left.
 """
 
 from __future__ import annotations
@@ -10,18 +11,19 @@ from collections.abc import Iterator, Mapping
 
 from prometheus_client.core import InfoMetricFamily, Metric
 
+from neuroscope_vllm.core import wire
 from neuroscope_vllm.server.metric_families import counter, gauge
 from neuroscope_vllm.server.senders import Senders
 
 
 def sender_metrics(senders: Senders, now: float) -> Iterator[Metric]:
     """Of those that send to one hub."""
-    yield from _info(senders)
-    yield from _totals(senders.totals())
+    yield from _info(senders, now)
+    yield from _totals(senders.engines.totals())
     yield from _states(senders, now)
 
 
-def _info(senders: Senders) -> Iterator[Metric]:
+def _info(senders: Senders, now: float) -> Iterator[Metric]:
     site_info = InfoMetricFamily(
         "neuroscope_site", "An observed layer and the SAE that reads it.", labels=["layer"]
     )
@@ -30,17 +32,26 @@ def _info(senders: Senders) -> Iterator[Metric]:
         site_info.add_metric([str(site.layer)], about)
     yield site_info
     engine_info = InfoMetricFamily(
-        "neuroscope_engine", "An engine that sends features.", labels=["engine"]
+        "neuroscope_engine",
+        "An engine that sends features, once for each host of its workers.",
+        labels=["engine", "host"],
     )
-    for engine, hello in {s.hello.engine: s.hello for s in senders.workers()}.items():
+    missing = [hello for _, one in senders.engines.missing(now) for hello in one.hellos.values()]
+    hellos = sorted([*missing, *(s.hello for s in senders.workers())], key=_is_workers)
+    for (engine, host), hello in {(one.engine, one.host): one for one in hellos}.items():
         about = {
             "model": hello.model,
+            "device": hello.device,
             "dp_rank": str(hello.dp_rank),
             "runner": hello.runner,
             "cudagraph_mode": hello.cudagraph_mode,
         }
-        engine_info.add_metric([engine], about)
+        engine_info.add_metric([engine, host], about)
     yield engine_info
+
+
+def _is_workers(hello: wire.Hello) -> bool:
+    return hello.role == "worker"
 
 
 def _totals(totals: Mapping[tuple[str, str], Counter[str]]) -> Iterator[Metric]:
@@ -100,10 +111,12 @@ def _states(senders: Senders, now: float) -> Iterator[Metric]:
     for sender in senders.workers():
         well = sender.hello.armed and not sender.lost(now)
         armed[sender.hello.engine] = armed.get(sender.hello.engine, True) and well
+    armed |= {name: False for name, _ in senders.engines.missing(now)}
     yield gauge(
         "armed",
         "1 where all workers of an engine passed their self-test, encoded their last step and"
-        " were heard of lately. What /health calls armed is all engines, and at least one.",
+        " were heard of lately. One that went without a goodbye is 0 for 15 minutes, unless another"
+        " took its place. What /health calls armed is all engines that it knows, and at least one.",
         [([engine], well) for engine, well in armed.items()],
         ["engine"],
     )
@@ -119,7 +132,7 @@ def _states(senders: Senders, now: float) -> Iterator[Metric]:
     yield gauge(
         "sender_silent_seconds",
         "Since the longest silent sender of an engine was heard; they speak once a second, and"
-        " are forgotten after a minute.",
+        " are forgotten when all of an engine are silent for a minute.",
         silent.items(),
         ["engine", "role"],
     )

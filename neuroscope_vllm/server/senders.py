@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
 from collections.abc import Iterator
 from typing import Any
 
 import msgspec
 
 from neuroscope_vllm.core import wire
+from neuroscope_vllm.server.engines import Engines
 
 LOST_AFTER_S = 5.0
 """Senders say hello once a second."""
@@ -27,14 +27,17 @@ class Sender:
     def lost(self, now: float) -> bool:
         return now - self.heard_at > LOST_AFTER_S
 
+    def gone(self, now: float) -> bool:
+        return now - self.heard_at > FORGOTTEN_AFTER_S
+
 
 class Senders:
-    """All senders by name."""
+    """All senders by name; `engines`: what is remembered of theirs."""
 
     def __init__(self) -> None:
         self._senders: dict[str, Sender] = {}
         self._dense: dict[int, frozenset[int]] = {}
-        self._counted: OrderedDict[tuple[str, str, str], dict[str, int]] = OrderedDict()
+        self.engines = Engines()
 
     def __iter__(self) -> Iterator[Sender]:
         return iter(self._senders.values())
@@ -48,45 +51,47 @@ class Senders:
         was started again does."""
         replaced: list[Sender] = []
         if hello.sender not in self._senders:
-            replaced = [
-                other
-                for other in self._senders.values()
-                if other.lost(now) and _place(other.hello) == _place(hello)
-            ]
+            replaced = self._replaced_by(hello, now)
             for other in replaced:
                 del self._senders[other.hello.sender]
         self._senders[hello.sender] = Sender(hello, now)
-        counted = (hello.engine, hello.role, hello.sender)
-        self._counted[counted] = hello.counters
-        self._counted.move_to_end(counted)
-        if len(self._counted) > MAX_SENDERS:
-            self._counted.popitem(last=False)
+        self.engines.hello(hello, now)
         if hello.sites:
             self._dense = {site.layer: frozenset(site.dense) for site in self.sites()}
         return replaced
+
+    def _replaced_by(self, hello: wire.Hello, now: float) -> list[Sender]:
+        """None of an engine that is heard still: what is silent there is cut off from us."""
+        heard = {s.hello.engine for s in self if not s.lost(now)} - {hello.engine}
+        return [
+            other
+            for other in self
+            if other.lost(now)
+            and _place(other.hello) == _place(hello)
+            and other.hello.engine not in heard
+        ]
 
     def excuse(self, pause: float) -> None:
         """Nobody could be heard for `pause` seconds."""
         for sender in self._senders.values():
             sender.heard_at += pause
 
-    def forget(self, now: float) -> list[Sender]:
-        """Returns those that have been lost for so long that they will not come back."""
-        gone = [s for s in self._senders.values() if now - s.heard_at > FORGOTTEN_AFTER_S]
-        for sender in gone:
-            del self._senders[sender.hello.sender]
-        return gone
+    def forget(self, now: float) -> None:
+        """Forget engines of which nobody was heard for so long that they will not come back. While
+        one sender is heard, the silence of another is a fault."""
+        there = {s.hello.engine for s in self if not s.gone(now)}
+        for name, sender in list(self._senders.items()):
+            if sender.hello.engine not in there:
+                del self._senders[name]
+                if sender.hello.role == "scheduler":
+                    self.engines.miss(sender.hello.engine)
+        self.engines.forget(there, now)
 
     def goodbye(self, name: str) -> Sender | None:
-        return self._senders.pop(name, None)
-
-    def totals(self) -> dict[tuple[str, str], Counter[str]]:
-        """Counters by (engine, role), summed over those that send or have sent. A sender that is
-        started again counts from 0 under another name, so that no total goes back."""
-        totals: dict[tuple[str, str], Counter[str]] = {}
-        for (engine, role, _), counters in self._counted.items():
-            totals.setdefault((engine, role), Counter()).update(counters)
-        return totals
+        sender = self._senders.pop(name, None)
+        if sender is not None:
+            self.engines.goodbye(sender.hello)
+        return sender
 
     def sites(self) -> list[wire.Site]:
         """What is observed, one site per layer, in layer order."""
@@ -97,11 +102,9 @@ class Senders:
         """Features of a layer that fire nearly everywhere."""
         return self._dense.get(layer, frozenset())
 
-    @property
-    def schedulers(self) -> set[str]:
-        """Engines whose scheduler is known."""
-        hellos = [sender.hello for sender in self._senders.values()]
-        return {hello.engine for hello in hellos if hello.role == "scheduler"}
+    def schedulers(self, now: float) -> set[str]:
+        """Engines whose scheduler may still be heard of."""
+        return {s.hello.engine for s in self if s.hello.role == "scheduler" and not s.gone(now)}
 
     @property
     def heard_worker(self) -> bool:

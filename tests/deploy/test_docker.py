@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -45,6 +46,11 @@ def test_hadolint() -> None:
 def test_shellcheck() -> None:
     # SC1087: "$root[demo]" is a requirement with its extra, and no element of an array.
     run(bin_path("shellcheck"), "--exclude=SC1087", *files.SCRIPTS)
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool comes with Prometheus")
+def test_alerts_fire_when_they_should() -> None:
+    run("promtool", "test", "rules", Path(__file__).parent / "alerts.yml")
 
 
 @pytest.mark.parametrize("name", COMPOSE)
@@ -101,10 +107,18 @@ def test_containers_hold_little_power(name: str) -> None:
         assert settings["cap_drop"] == ["ALL"], service
         assert settings["security_opt"] == ["no-new-privileges:true"]
         assert settings.get("read_only") or "secrets" in settings
+        assert settings["logging"]["options"].keys() == {"max-size", "max-file"}
         ours = "build" in settings
         assert ours or re.search(r":v?\d+\.\d+\.\d+$", settings["image"]), "no version"
     for dockerfile in DOCKERFILES:
         assert files.instructions(dockerfile, "USER")[-1] == ["10001:10001"]
+
+
+def test_what_vllm_brought_stays_as_it_is() -> None:
+    installs = [words for words in files.instructions(DOCKERFILES[0], "RUN") if "install" in words]
+    assert len(installs) == 2
+    for words in installs:
+        assert words[words.index("--constraint") + 1] == "/opt/vllm.txt"
 
 
 @pytest.fixture(scope="module")

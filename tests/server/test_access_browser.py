@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
+import httpx
 import pytest
 
 from neuroscope_vllm.core.access import KeyDigests, digest
@@ -50,6 +51,21 @@ def test_the_cookie_is_for_this_page_alone(keyed: Side):
     assert "secure" not in kinds
     behind_tls = post_session(keyed, {"api_key": USER}, **{"X-Forwarded-Proto": "https"})
     assert "; secure" in behind_tls.headers["set-cookie"].lower()
+
+
+def test_who_says_that_there_is_tls_must_be_named(
+    new_side: Callable[..., Side], monkeypatch: pytest.MonkeyPatch
+):
+    def cookie() -> str:
+        """Of a session that a proxy on another address asks for."""
+        proxy = httpx.HTTPTransport(local_address="127.0.0.2")
+        with httpx.Client(transport=proxy, headers={"X-Forwarded-Proto": "https"}) as asking:
+            url = f"{new_side(keys=KeyDigests([digest(ADMIN)])).base}/v1/session"
+            return asking.post(url, json={"api_key": ADMIN}).headers["set-cookie"].lower()
+
+    assert "; secure" not in cookie()
+    monkeypatch.setenv("FORWARDED_ALLOW_IPS", "127.0.0.0/8")
+    assert "; secure" in cookie()
 
 
 @pytest.mark.parametrize(

