@@ -27,7 +27,7 @@ class LayerRows(NamedTuple):
     """Columns of one layer, indexed by row; -1 in `index` is padding."""
 
     layer: int
-    index: list[list[int]]
+    index: list[list[int]]  # pyright: ignore[reportIncompatibleMethodOverride]  (tuple.index)
     activation: list[list[float]]
     score: list[list[float]]
     l0: list[int]
