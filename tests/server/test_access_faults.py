@@ -249,6 +249,32 @@ def test_few_requests_wait_behind_a_stream(keyed: Side):
     assert counted(keyed, "pipelined") == before + 1
 
 
+def test_what_comes_behind_a_stream_has_an_end(keyed: Side):
+    before = counted(keyed, "pipelined")
+    head = f"GET /v1/features/stream?request_id=x HTTP/1.1\r\nHost: 127.0.0.1\r\n{KEY}\r\n"
+    with connect(keyed, head) as connection:
+        assert connection.recv(65536).startswith(b"HTTP/1.1 200")
+        endless = b"GET / HTTP/1.1\r\n" + b"x-a: %b\r\n" % (b"b" * 4096) * 10_000
+        with pytest.raises(OSError, match=r"reset|pipe"):
+            connection.sendall(endless)
+    assert counted(keyed, "pipelined") == before + 1
+
+
+@pytest.mark.parametrize("kind", ["text/event-stream", "application/x-ndjson"])
+def test_streams_that_others_wait_behind_end_with_their_reader(keyed: Side, kind: str):
+    def readers() -> int:
+        described = keyed.get("/v1/features/describe", headers=bearer(USER)).json()
+        return described["limits"]["readers"]
+
+    wait_until(lambda: readers() == 0)
+    more = f"{KEY}Accept: {kind}\r\n\r\n"
+    head = f"GET /v1/features/stream?request_id=x HTTP/1.1\r\nHost: 127.0.0.1\r\n{more}"
+    for _ in range(4):
+        with connect(keyed, head * 3) as connection:
+            assert connection.recv(65536).startswith(b"HTTP/1.1 200")
+    wait_until(lambda: readers() == 0)
+
+
 def test_websockets_are_refused(keyed: Side):
     more = "Upgrade: websocket\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n"
     more += "Sec-WebSocket-Version: 13\r\n"
