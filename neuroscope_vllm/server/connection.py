@@ -17,6 +17,8 @@ MAX_REQUEST = MAX_CHAT + (6 << 20)
 """What is read of a request at most, so that who sends too much still reads why not."""
 MAX_PIPELINED = 64
 """Requests that wait for the answer to one before, as a stream is."""
+MAX_AHEAD = MAX_PIPELINED * 4096
+"""Bytes of them; neither a time limit nor MAX_HEAD holds for what comes meanwhile."""
 TOO_LARGE = (
     b"HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-length: 0\r\n"
     b"connection: close\r\n\r\n"
@@ -27,8 +29,10 @@ if TYPE_CHECKING:  # either of uvicorn's two; what is used here both have
     class _Base(asyncio.Protocol):
         transport: asyncio.Transport
         cycle: Any
+        flow: Any
 
         def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+        def on_headers_complete(self) -> None: ...
         def send_400_response(self, msg: str) -> None: ...
 else:
     _Base = AutoHTTPProtocol
@@ -41,6 +45,8 @@ def impatient(refusals: Refusals) -> type[asyncio.Protocol]:
         _timer: asyncio.TimerHandle | None = None
         _began = 0.0
         _received = 0
+        _ahead = 0
+        _unanswered: tuple[Any, ...] = ()
 
         def connection_made(self, transport: asyncio.BaseTransport) -> None:
             super().connection_made(transport)
@@ -49,22 +55,37 @@ def impatient(refusals: Refusals) -> type[asyncio.Protocol]:
         def connection_lost(self, exc: Exception | None) -> None:
             self._rest()
             super().connection_lost(exc)
+            # uvicorn tells the one that came last; the one that is answered may be a stream, which
+            # would go on for nobody.
+            for cycle in self._unanswered:
+                cycle.disconnected = True
+                cycle.message_event.set()
+
+        def on_headers_complete(self) -> None:
+            super().on_headers_complete()
+            before = (one for one in self._unanswered if not one.response_complete)
+            self._unanswered = (*before, self.cycle)
 
         def data_received(self, data: bytes) -> None:
             self._watch()
             self._received += len(data)
+            self._ahead = self._ahead + len(data) if self._answering else 0
             super().data_received(data)
             if self.transport.is_closing():
                 return
-            if len(getattr(self, "pipeline", ())) > MAX_PIPELINED:  # h11 reads no further by itself
+            waiting = len(getattr(self, "pipeline", ()))  # h11 reads no further by itself
+            if waiting > MAX_PIPELINED or self._ahead > MAX_AHEAD:
                 self._refuse("pipelined")
             elif self._awaits_head and self._received > MAX_HEAD:
                 self.transport.write(TOO_LARGE)
                 self._refuse("heads")
             elif self._received > MAX_REQUEST:
                 self._refuse("bodies")
-            elif not self._awaits_head and not self.cycle.more_body:
+            elif self._answering:
                 self._rest()
+                if waiting:
+                    # uvicorn reads no further then, and would not see the client leave.
+                    self.flow.resume_reading()
 
         def send_400_response(self, msg: str) -> None:
             self._count("malformed")
@@ -75,6 +96,11 @@ def impatient(refusals: Refusals) -> type[asyncio.Protocol]:
             """A request that was answered before its end may still send its body."""
             cycle = self.cycle
             return cycle is None or (cycle.response_complete and not cycle.more_body)
+
+        @property
+        def _answering(self) -> bool:
+            """There is a whole request, and no whole answer."""
+            return not self._awaits_head and not self.cycle.more_body
 
         def _watch(self) -> None:
             if self._timer is None:

@@ -9,6 +9,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from msgspec.json import schema_components
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from neuroscope_vllm.core.events import ErrorBody, encoder
 
@@ -110,6 +111,10 @@ def install(app: FastAPI) -> None:
         else:
             message = f"parameter {param!r} is {first.get('input')!r}: {first['msg']}."
         return answer(ApiError(400, message, param))
+
+    @app.exception_handler(ClientDisconnect)
+    async def _left(_: Request, __: ClientDisconnect) -> Response:
+        return Response(status_code=400)  # for nobody; uvicorn would log a traceback of each
 
     @app.exception_handler(HTTPException)
     async def _http_error(request: Request, error: HTTPException) -> Response:

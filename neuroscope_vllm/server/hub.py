@@ -159,6 +159,9 @@ class Hub:
     def subscribe_all(self, after: int | None = None, rights: Rights = ALL) -> AllRequests:
         return self._readers.subscribe_all(after, rights)
 
+    def follow(self) -> AllRequests:
+        return self._readers.follow()
+
     def subscribe(self, name: str, after: int | None = None, rights: Rights = ALL) -> OneRequest:
         return self._readers.subscribe(name, after, rights)
 

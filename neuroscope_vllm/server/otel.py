@@ -86,7 +86,7 @@ class Export:
         self._logger = self._provider.get_logger("neuroscope_vllm", installed_version())
 
     def start(self) -> None:
-        self._reader = self._hub.subscribe_all()
+        self._reader = self._hub.follow()
         self._task = asyncio.create_task(self._follow())
 
     async def close(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from neuroscope_vllm.server.rights import Rights
+from neuroscope_vllm.server.rights import ALL, Rights
 from neuroscope_vllm.server.subscribe import AllRequests, EventId, OneRequest
 from neuroscope_vllm.server.traces import Log, Trace, TraceStore
 
@@ -53,7 +53,14 @@ class Readers:
 
     @property
     def of_one(self) -> int:
-        return len(self) - len(self._everything)
+        return sum(isinstance(reader, OneRequest) for reader in self._whose)
+
+    def follow(self) -> AllRequests:
+        """For what belongs to this process, as a recording: it takes nobody's place, and gets in
+        where there is none left."""
+        reader = AllRequests(self._ring, self._event_id, self._counters, None, ALL)
+        self._everything.add(reader)
+        return reader
 
     def subscribe_all(self, after: int | None, rights: Rights) -> AllRequests:
         self._admit(rights.who)
@@ -72,10 +79,11 @@ class Readers:
         return reader
 
     def unsubscribe(self, reader: AllRequests | OneRequest, name: str | None) -> None:
-        del self._whose[reader]
         if isinstance(reader, AllRequests):
+            self._whose.pop(reader, None)
             self._everything.remove(reader)
             return
+        del self._whose[reader]
         assert name is not None
         readers = self._by_name[name]
         readers.remove(reader)

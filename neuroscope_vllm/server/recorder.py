@@ -94,7 +94,7 @@ class Recorder:
         )
 
     def start(self) -> None:
-        self._reader = self._hub.subscribe_all()
+        self._reader = self._hub.follow()
         self._writer.start()
         self._task = asyncio.create_task(self._follow())
 

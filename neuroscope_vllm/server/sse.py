@@ -56,7 +56,9 @@ async def stream(reader: AllRequests | OneRequest, view: View, pace: Pace) -> As
         if chunk := view.render(batch):
             yield chunk
             whole = len(batch) >= BATCH_EVENTS or len(chunk) >= BATCH_BYTES
-            if not whole and not reader.ended:
+            if whole:
+                await asyncio.sleep(0)  # a send need not wait, and there is more than this reader
+            elif not reader.ended:
                 await pace.rest()
         elif not batch and not reader.ended:
             await reader.wait()

@@ -100,6 +100,10 @@ class Log:
                 break
         return found
 
+    def follow(self, cursor: int) -> Iterator[Event]:
+        """All from `cursor` on, which must not lie before `first`."""
+        return (self._events[at] for at in range(cursor, self.end))
+
     def get(self, at: int) -> Event | None:
         return self._events.get(at)
 

@@ -20,6 +20,7 @@ from tests.server.side import Side, http, start_side, wait_until
 
 NOBODY = "http://127.0.0.1:1"
 KEY = f"Authorization: Bearer {ADMIN}\r\n"
+KEY_OF_USER = f"Authorization: Bearer {USER}\r\n"
 
 
 @pytest.fixture(scope="module")
@@ -247,6 +248,51 @@ def test_few_requests_wait_behind_a_stream(keyed: Side):
         except ConnectionResetError:
             pass
     assert counted(keyed, "pipelined") == before + 1
+
+
+def test_a_client_that_leaves_in_its_body_is_no_fault(
+    keyed: Side, capfd: pytest.CaptureFixture[str]
+):
+    for path in ("/v1/session", "/v1/chat/completions"):
+        head = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\n{KEY_OF_USER}Content-Length: 9\r\n\r\n"
+        with connect(keyed, head, "{") as leaving:
+            leaving.shutdown(socket.SHUT_WR)
+            time.sleep(0.3)
+    wait_until(lambda: keyed.get("/health").status_code == 200)
+    assert "Traceback" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["X-Request-Id", "Accept", "Content-Type", "traceparent"])
+def test_headers_of_a_chat_may_be_any_bytes(keyed: Side, name: str):
+    more = f"{KEY_OF_USER}{name}: \u00e9\r\nConnection: close\r\n"
+    with connect(keyed, f"GET /v1/models HTTP/1.1\r\nHost: 127.0.0.1\r\n{more}\r\n") as asking:
+        assert asking.recv(65536).startswith(b"HTTP/1.1 502")  # nobody is there
+
+
+def test_what_comes_behind_a_stream_has_an_end(keyed: Side):
+    before = counted(keyed, "pipelined")
+    head = f"GET /v1/features/stream?request_id=x HTTP/1.1\r\nHost: 127.0.0.1\r\n{KEY}\r\n"
+    with connect(keyed, head) as connection:
+        assert connection.recv(65536).startswith(b"HTTP/1.1 200")
+        endless = b"GET / HTTP/1.1\r\n" + b"x-a: %b\r\n" % (b"b" * 4096) * 10_000
+        with pytest.raises(OSError, match=r"reset|pipe"):
+            connection.sendall(endless)
+    assert counted(keyed, "pipelined") == before + 1
+
+
+@pytest.mark.parametrize("kind", ["text/event-stream", "application/x-ndjson"])
+def test_streams_that_others_wait_behind_end_with_their_reader(keyed: Side, kind: str):
+    def readers() -> int:
+        described = keyed.get("/v1/features/describe", headers=bearer(USER)).json()
+        return described["limits"]["readers"]
+
+    wait_until(lambda: readers() == 0)
+    more = f"{KEY}Accept: {kind}\r\n\r\n"
+    head = f"GET /v1/features/stream?request_id=x HTTP/1.1\r\nHost: 127.0.0.1\r\n{more}"
+    for _ in range(4):
+        with connect(keyed, head * 3) as connection:
+            assert connection.recv(65536).startswith(b"HTTP/1.1 200")
+    wait_until(lambda: readers() == 0)
 
 
 def test_websockets_are_refused(keyed: Side):

@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import struct
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -313,3 +314,34 @@ def test_put_neither_blocks_nor_grows_while_the_hub_stands_still(new_side: NewSi
     assert [idle.put(small) for _ in range(6)] == [True] * 4 + [False] * 2
     assert idle.counters["messages_dropped"] == 2
     sender.close()
+
+
+def test_a_request_of_many_choices_holds_nobody_up(new_side: NewSide):
+    """Its stream is one of all of them, in the order that they were told."""
+    side = new_side(settings={"trace_requests": 400})
+    with FakeEngine(side.endpoint) as engine:
+        side.wait_armed()
+        for choice in range(300):
+            engine.run("many", list(range(100)), [7], Script(choice=choice, pause_s=0.005))
+        wait_until(lambda: side.counters()["requests_done"] >= 300)
+    answered: list[float] = []
+    done = threading.Event()
+
+    def ask() -> None:
+        while not done.is_set():
+            began = time.monotonic()
+            assert side.get("/version").status_code == 200
+            answered.append(time.monotonic() - began)
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    began = time.monotonic()
+    events = side.read("many")
+    took = time.monotonic() - began
+    done.set()
+    asking.join()
+    seqs = [int(event["id"].partition("-")[2]) for event in events]
+    assert seqs == sorted(set(seqs))
+    assert len(seqs) == 300 * (1 + 101 + 1)
+    print(f"{len(seqs)} events in {took:.1f} s; {len(answered)} answers, {max(answered):.2f} s")
+    assert len(answered) > 10  # one, if all are sorted for each few that are sent

@@ -332,3 +332,15 @@ def test_two_thousand_requests_in_bounded_memory(new_side: NewSide, tmp_path: Pa
     assert len(found) == 2001 - dropped
     assert {head.events for head in found} == {32}
     assert 2 < len(parquet_files(folder)) < 40
+
+
+def test_a_recording_takes_no_readers_place(new_side: NewSide, tmp_path: Path):
+    """Or it could not begin where readers are sooner, when a side process is started again."""
+    side = new_side(settings={"record": str(tmp_path / "rec"), "max_readers": 1})
+    with FakeEngine(side.endpoint) as engine, side.open():
+        side.wait_armed()
+        assert side.get("/v1/features/stream").status_code == 503
+        engine.run("r", [1, 2], [3])
+        side.wait_done("r")
+    side.process.stop()
+    assert [trace.head.request_id for trace in read_traces(tmp_path / "rec")] == ["r"]

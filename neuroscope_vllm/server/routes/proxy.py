@@ -51,11 +51,12 @@ async def pass_through(request: Request) -> Response:
         request.app.state.hub.counters["passed_refused"] += 1
         message = f"{MAX_PASSED} requests are passed through to vLLM already; ask it directly."
         raise ApiError(503, message, retry_after=RETRY_AFTER_S)
-    headers = {name: request.headers[name] for name in FORWARDED if name in request.headers}
+    given = {name: request.headers[name] for name in FORWARDED if name in request.headers}
+    headers = {name.encode(): value.encode("latin-1") for name, value in given.items()}
     caller: Caller = request.state.caller
     if caller.authorization is not None:
-        headers["authorization"] = caller.authorization
-    headers["accept-encoding"] = "identity"  # chunks are passed on as they come
+        headers[b"authorization"] = caller.authorization.encode()
+    headers[b"accept-encoding"] = b"identity"  # chunks are passed on as they come
     url = httpx.URL(path=request.url.path, query=request.url.query.encode())
     body = await request.body()
     return _Passed(
