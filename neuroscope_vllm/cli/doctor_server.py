@@ -18,7 +18,13 @@ LOSSES = (
     *("connections_refused", "senders_refused", "requests_refused", "readers_refused"),
     *("readers_of_one_key_refused", "steps_incomplete"),
     *("passed_refused", "ticks_failed", "record_requests_dropped", "record_requests_failed"),
-    *("otel_events_dropped", "otel_events_failed", "steering_refused", "cards_refused"),
+    *(
+        "otel_events_dropped",
+        "otel_events_failed",
+        "steering_refused",
+        "cards_refused",
+        "exports_refused",
+    ),
 )
 """Counters of senders and of the hub that stay at zero while nothing is lost."""
 KEY_NEEDED = (401, 403)

@@ -293,9 +293,10 @@ def weight(message: object) -> int:
     match message:
         case StepFeatures():
             rows = len(message.positions)
-            layers = sum(3 * len(one.index) + rows for one in message.layers)
-            steered = sum(2 * len(one.before) for one in message.steered)
-            return layers + steered + 2 * rows + 200 * len(message.spans)
+            layers = sum(300 + 3 * len(one.index) + rows for one in message.layers)
+            steered = sum(300 + 2 * len(one.before) for one in message.steered)
+            few = len(message.spans) + len(message.hits)
+            return layers + steered + 2 * rows + 300 * few
         case RequestStarted():
             return len(message.prompt_token_ids)
         case Resync():

@@ -52,8 +52,8 @@ class Feed(Protocol):
 def create_app(config: SideConfig, feed: Callable[[Hub], Feed] | None = None) -> FastAPI:
     """`app.state`: hub; access, who may read it; refusals, counted; metrics, the registry of what
     the hub counts; listening, whether engines can connect; failure, why they never will; upstream,
-    the client for vLLM or None; passed, how many requests are with vLLM by way of us; replay,
-    whether `feed` tells what was recorded.
+    the client for vLLM or None; passed, exports, the room for chats by way of us and for exports;
+    replay, whether `feed` tells what was recorded.
 
     `feed` makes what feeds the hub; None: the engines that connect to `config.endpoint`.
     """
@@ -72,8 +72,9 @@ def create_app(config: SideConfig, feed: Callable[[Hub], Feed] | None = None) ->
     app.state.listening = False
     app.state.failure = None
     app.state.upstream = proxy.client(config.upstream) if config.upstream else None
-    app.state.passed = 0
+    app.state.passed = proxy.Passed(hub.counters)
     app.state.cards = CardReader(hub.counters)
+    app.state.exports = page.Exports(hub.counters)
     app.state.replay = feed is not None
     app.state.feed = feed or (lambda hub: Ingest(hub, config.endpoint))
     errors.install(app)
@@ -111,7 +112,7 @@ async def _open(app: FastAPI) -> None:
         logger.error("neuroscope: %s", error)
         return
     except Exception as error:
-        app.state.failure = f"the side process can not work: {error}"
+        app.state.failure = f"the side process can not work: {str(error) or type(error).__name__}"
         logger.exception("neuroscope: the side process can not work")
         return
     app.state.listening = True

@@ -129,8 +129,27 @@ class Guard:
                 await answer(refusal)(scope, receive, send)
                 return
             scope["state"] = {**scope.get("state", {}), "caller": caller}
-            receive = _bounded(receive, limit)
+            receive = self._bounded(scope, receive, limit)
         await self._app(scope, receive, send)
+
+    def _bounded(self, scope: Scope, receive: Receive, limit: int) -> Receive:
+        """Raises a Refusal where the application reads more than `limit` bytes. Where no body is
+        wanted, the answer may have begun, and ends."""
+        received = 0
+
+        async def read() -> Message:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received <= limit:
+                return message
+            refusal = _too_large(limit)
+            if scope["method"] not in SAFE:
+                raise refusal
+            self._refusals.add(refusal.kind, _peer(scope))
+            return {"type": "http.disconnect"}
+
+        return read
 
     def _check_host(self, asked: HTTPConnection) -> None:
         """A page elsewhere could rebind its own name to this address and read the stream. Where
@@ -163,21 +182,6 @@ class Guard:
                 " send a key and no cookie."
             )
             raise Refusal("origins", 403, message)
-
-
-def _bounded(receive: Receive, limit: int) -> Receive:
-    """Raises a Refusal where the application reads more than `limit` bytes."""
-    received = 0
-
-    async def read() -> Message:
-        nonlocal received
-        message = await receive()
-        received += len(message.get("body", b""))
-        if received > limit:
-            raise _too_large(limit)
-        return message
-
-    return read
 
 
 def _with_own_cookie(scope: Scope) -> list[tuple[bytes, bytes]]:

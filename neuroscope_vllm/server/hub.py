@@ -11,6 +11,7 @@ import secrets
 import time
 from collections import Counter
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 
 import msgspec
 from tokenizers import Tokenizer
@@ -164,6 +165,9 @@ class Hub:
 
     def subscribe(self, name: str, after: int | None = None, rights: Rights = ALL) -> OneRequest:
         return self._readers.subscribe(name, after, rights)
+
+    def place(self, rights: Rights) -> AbstractContextManager[None]:
+        return self._readers.place(rights)
 
     def unsubscribe(self, reader: AllRequests | OneRequest, name: str | None = None) -> None:
         self._readers.unsubscribe(reader, name)

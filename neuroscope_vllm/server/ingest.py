@@ -32,6 +32,8 @@ logger = logging.getLogger(__name__)
 SLICE_S = 0.005
 """Longest stretch of decoding before readers get their turn."""
 TICK_S = 0.25
+MAX_HELLO = 1 << 20
+"""Bytes of a hello; the latest of every sender is kept."""
 WARNING_PAUSE_S = 60.0
 
 
@@ -161,6 +163,8 @@ class Ingest:
         counters["messages"] += 1
         try:
             message = wire.decode(data)
+            if isinstance(message, wire.Hello) and len(data) > MAX_HELLO:
+                raise ValueError(f"a hello of {len(data)} bytes")
             if isinstance(message, wire.Hello) and message.role == "scheduler":
                 self._heard(message.engine, address)
             self._hub.handle(message)

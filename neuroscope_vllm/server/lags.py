@@ -9,6 +9,7 @@ from prometheus_client import Histogram
 from neuroscope_vllm.core import wire
 
 BUCKETS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+MAX_LAG_S = 3600.0
 
 
 class Lags:
@@ -39,4 +40,5 @@ class Lags:
     def handled(self, message: wire.StepFeatures | wire.TokensSampled) -> None:
         """Takes note of a message from this host, which the hub has just handled."""
         if message.sent_at is not None:
-            self.hub.observe(max(time.monotonic() - message.sent_at, 0.0))
+            # Whatever a message says: one NaN or infinity would stay in the sum for ever.
+            self.hub.observe(min(max(0.0, time.monotonic() - message.sent_at), MAX_LAG_S))

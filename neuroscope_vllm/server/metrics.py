@@ -185,13 +185,13 @@ def _arrivals(counters: Counter[str]) -> Iterator[Metric]:
 
 
 def _refusals(counters: Counter[str]) -> Iterator[Metric]:
-    plain = ("requests", "readers", "readers_of_one_key", "senders", "steering", "cards")
+    plain = ("requests", "readers", "readers_of_one_key", "senders", "steering", "cards", "exports")
     limited = {"chats": "passed"} | {what: what for what in plain}
     yield counter(
         "refused_at_limit",
         "What there was no room for: requests to follow (they run all the same), readers,"
         " readers beyond the share of their key, senders, chats to pass through to vLLM, changes"
-        " of steering, cards.",
+        " of steering, cards, exports, bodies of chats.",
         by_label(counters, {what: f"{name}_refused" for what, name in limited.items()}),
         ["what"],
     )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
+from collections.abc import Iterator
 
 from neuroscope_vllm.server.rights import ALL, Rights
 from neuroscope_vllm.server.subscribe import AllRequests, EventId, OneRequest
@@ -23,8 +25,8 @@ class TooManyOfOne(TooManyReaders):
 class Readers:
     """Readers of everything, and readers by the name that they asked for, `limit` together.
 
-    So this also bounds the names that are waited for. `subscribe_all` and `subscribe` raise
-    TooManyReaders, which is counted in `readers_refused`, or TooManyOfOne, counted in
+    So this also bounds the names that are waited for. `subscribe_all`, `subscribe` and `place`
+    raise TooManyReaders, which is counted in `readers_refused`, or TooManyOfOne, counted in
     `readers_of_one_key_refused`: those of the same `Rights.who` together may be a quarter.
     """
 
@@ -39,7 +41,7 @@ class Readers:
         self._limit = limit
         self._share = max(1, limit // SHARE)
         self._counters = counters
-        self._whose: dict[AllRequests | OneRequest, bytes | None] = {}
+        self._whose: dict[object, bytes | None] = {}
         self._ring = ring
         self._traces = traces
         self._event_id = event_id
@@ -53,7 +55,8 @@ class Readers:
 
     @property
     def of_one(self) -> int:
-        return sum(isinstance(reader, OneRequest) for reader in self._whose)
+        """Those of one request: its stream, or all that is kept of it."""
+        return sum(not isinstance(reader, AllRequests) for reader in self._whose)
 
     def follow(self) -> AllRequests:
         """For what belongs to this process, as a recording: it takes nobody's place, and gets in
@@ -77,6 +80,17 @@ class Readers:
             reader.attach(trace)
         self._by_name.setdefault(name, set()).add(reader)
         return reader
+
+    @contextlib.contextmanager
+    def place(self, rights: Rights) -> Iterator[None]:
+        """A reader's place, for who fetches something long."""
+        self._admit(rights.who)
+        taken = object()
+        self._whose[taken] = rights.who
+        try:
+            yield
+        finally:
+            del self._whose[taken]
 
     def unsubscribe(self, reader: AllRequests | OneRequest, name: str | None) -> None:
         if isinstance(reader, AllRequests):

@@ -1,14 +1,15 @@
 """Streams a subscription to one reader, as SSE or NDJSON.
 
 sse-starlette gives keep-alive comments, a time limit for each send, and notices when the reader
-leaves. It is used for NDJSON too: bytes pass through it as they are.
+leaves. It is used for NDJSON and for long answers, too: bytes pass through it as they are.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Iterable
 from functools import partial
+from typing import Any
 
 from sse_starlette import EventSourceResponse
 from sse_starlette.event import ServerSentEvent
@@ -69,23 +70,21 @@ async def stream(reader: AllRequests | OneRequest, view: View, pace: Pace) -> As
 _pace = Pace()
 
 
-class FeatureResponse(EventSourceResponse):
-    """An event stream whose reader, when it takes nothing for 10 s, is dropped and counted."""
+class _Watched(EventSourceResponse):
+    """An answer whose reader, when it takes nothing for 10 s, is dropped and counted."""
 
     def __init__(
-        self, hub: Hub, reader: AllRequests | OneRequest, view: View, name: str | None
+        self, hub: Hub, content: AsyncIterator[bytes], release: Callable[[], object], **options: Any
     ) -> None:
-        sse = view.style != "ndjson"
         super().__init__(
-            stream(reader, view, _pace),
-            media_type="text/event-stream" if sse else "application/x-ndjson",
-            ping=PING_S if sse else 0,
+            content,
             ping_message_factory=lambda: ServerSentEvent(comment="keep-alive", sep="\n"),
             send_timeout=SEND_TIMEOUT_S,
             shutdown_grace_period=SHUTDOWN_GRACE_S,
+            **options,
         )
         self._hub = hub
-        self._unsubscribe = partial(hub.unsubscribe, reader, name)
+        self._release = release
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -95,4 +94,44 @@ class FeatureResponse(EventSourceResponse):
         finally:
             # Not in the generator: one that never began, because its reader left at once, never
             # comes to its `finally`.
-            self._unsubscribe()
+            self._release()
+
+
+class FeatureResponse(_Watched):
+    """The stream of a subscription."""
+
+    def __init__(
+        self, hub: Hub, reader: AllRequests | OneRequest, view: View, name: str | None
+    ) -> None:
+        sse = view.style != "ndjson"
+        super().__init__(
+            hub,
+            stream(reader, view, _pace),
+            partial(hub.unsubscribe, reader, name),
+            media_type="text/event-stream" if sse else "application/x-ndjson",
+            ping=PING_S if sse else 0,
+        )
+
+
+class LongResponse(_Watched):
+    """Something long in pieces, of which no more is made than its reader takes.
+
+    `release` is called at its end.
+    """
+
+    def __init__(
+        self,
+        hub: Hub,
+        pieces: Iterable[bytes],
+        release: Callable[[], object],
+        media_type: str,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        content = _in_turn(pieces)
+        super().__init__(hub, content, release, media_type=media_type, ping=0, headers=headers)
+
+
+async def _in_turn(pieces: Iterable[bytes]) -> AsyncIterator[bytes]:
+    for piece in pieces:
+        yield piece
+        await asyncio.sleep(0)  # a send need not wait, and there are others

@@ -20,6 +20,8 @@ WAITING_STEPS = 64
 """Of an engine."""
 WAITING_SHARE = 0.25
 """Of `running_mb`, for all engines."""
+MAX_LAYERS = 1024
+"""More than any model has."""
 OVERHEAD_BYTES = 2000
 """What surrounds the arrays of a message."""
 
@@ -44,8 +46,9 @@ class Stages:
         """The messages that are ready now. One that stayed incomplete comes without its missing
         layers, before the first later one that is complete.
 
-        Raises ValueError if two stages do not speak of the same rows.
+        Raises ValueError if two stages do not speak of the same rows, or both of one layer.
         """
+        _check_layers(message)
         if len(message.layers) >= message.num_layers:
             return [message]
         waiting = self._waiting.setdefault(message.engine, {})
@@ -94,9 +97,18 @@ class Stages:
 def _merged(one: wire.StepFeatures, other: wire.StepFeatures) -> wire.StepFeatures:
     if (one.positions, one.token_ids) != (other.positions, other.token_ids):
         raise ValueError(f"pipeline stages disagree about the rows of step {one.step}")
-    return msgspec.structs.replace(
+    both = msgspec.structs.replace(
         one,
         layers=[*one.layers, *other.layers],
         steered=[*one.steered, *other.steered],
         hits=[*one.hits, *other.hits],
     )
+    _check_layers(both)
+    return both
+
+
+def _check_layers(message: wire.StepFeatures) -> None:
+    layers = {one.layer for one in message.layers}
+    if not len(layers) == len(message.layers) <= message.num_layers <= MAX_LAYERS:
+        told = f"{len(message.layers)} of {message.num_layers} layers"
+        raise ValueError(f"step {message.step} tells {told}, {len(layers)} of them different ones")

@@ -160,8 +160,9 @@ class TraceStore:
         return len(self._active) + len(self._finished)
 
     def open(self, trace: Trace) -> None:
-        if trace.internal_id in self._finished:
-            self._evict(self._finished[trace.internal_id])
+        for kept in (self._finished, self._active):
+            if before := kept.get(trace.internal_id):
+                self._evict(before)
         self._active[trace.internal_id] = trace
         for name in trace.aliases:
             self._by_alias.setdefault(name, {})[trace.internal_id] = trace
@@ -203,7 +204,8 @@ class TraceStore:
 
     def _evict(self, trace: Trace) -> None:
         self.evicted += 1
-        del self._finished[trace.internal_id]
+        for kept in (self._finished, self._active):
+            kept.pop(trace.internal_id, None)
         for name in trace.aliases:
             del self._by_alias[name][trace.internal_id]
             if not self._by_alias[name]:

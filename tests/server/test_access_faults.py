@@ -172,6 +172,19 @@ def test_a_body_without_end_is_cut_off(keyed: Side):
     pytest.fail("it took 625 MiB")
 
 
+def test_a_body_behind_a_stream_ends_it(keyed: Side):
+    before = counted(keyed, "bodies")
+    head = "GET /v1/features/stream HTTP/1.1\r\nHost: 127.0.0.1\r\nTransfer-Encoding: chunked\r\n"
+    with connect(keyed, head, KEY + "\r\n") as connection:
+        chunk = ("10000\r\n" + "a" * MAX_BODY + "\r\n").encode()
+        connection.sendall(2 * chunk)
+        wait_until(lambda: counted(keyed, "bodies") == before + 1)
+        while connection.recv(65536):
+            pass
+    told = lambda: keyed.get("/v1/features/describe", headers=bearer(ADMIN)).json()  # noqa: E731
+    wait_until(lambda: told()["limits"]["readers"] == 0)
+
+
 def test_who_never_finishes_is_cut_off(keyed: Side):
     before = counted(keyed, "slow")
     start = "GET /v1/requests HTTP/1.1\r\nHost: 127.0.0.1\r\n"

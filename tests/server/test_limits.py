@@ -27,6 +27,7 @@ from neuroscope_vllm.core.sender import Sender
 from neuroscope_vllm.engine.fake import FakeEngine, Ids, Script, messages, step_features
 from neuroscope_vllm.server import cards, commands
 from neuroscope_vllm.server.hub import MAX_ID, Hub
+from neuroscope_vllm.server.routes.page import MAX_EXPORTS
 from neuroscope_vllm.server.senders import MAX_SENDERS
 from tests.server.side import Side, wait_until
 
@@ -212,6 +213,44 @@ def test_readers_that_never_read_cost_a_bounded_part_each(new_side: NewSide) -> 
         # Ten seconds without a byte taken, and they are dropped.
         wait_until(lambda: side.counters().get("readers_timed_out", 0) == count, timeout=40)
         assert limits(side)["readers"] == 0
+
+
+def test_who_fetches_a_trace_and_takes_nothing_costs_a_bounded_part(new_side: NewSide) -> None:
+    side, count = new_side(settings={"memory_mb": 64, "max_readers": 24}), 24
+    with FakeEngine(side.endpoint) as engine, contextlib.ExitStack() as stack:
+        side.wait_armed()
+        engine.run("long", [1] * 12_000, [2], Script(chunk=500))
+        side.wait_done("long")
+        whole = len(side.get("/v1/requests/long").content)
+        assert whole > 5e6
+        before = resident_mb(side)
+        for _ in range(count):
+            one = stack.enter_context(socket.socket())
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            one.connect(("127.0.0.1", side.port))
+            one.sendall(b"GET /v1/requests/long HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        wait_until(lambda: limits(side)["readers"] == count)
+        assert side.get("/v1/requests/long").status_code == 503
+        assert (resident_mb(side) - before) * 2**20 < count * whole / 4
+        wait_until(lambda: side.counters().get("readers_timed_out", 0) == count, timeout=40)
+        assert limits(side)["readers"] == 0
+        assert len(side.get("/v1/requests/long").content) == whole
+
+
+def test_exports_past_the_limit_are_refused(new_side: NewSide) -> None:
+    side = new_side()
+
+    async def ask() -> list[int]:
+        async with httpx.AsyncClient(base_url=side.base, trust_env=False, timeout=60) as http:
+            asked = (http.get("/export/some") for _ in range(MAX_EXPORTS + 2))
+            return [one.status_code for one in await asyncio.gather(*asked)]
+
+    with FakeEngine(side.endpoint) as engine:
+        side.wait_armed()
+        engine.run("some", [1] * 2000, [2], Script(chunk=500))
+        side.wait_done("some")
+        assert sorted(asyncio.run(ask())) == [200] * MAX_EXPORTS + [503] * 2
+        assert asyncio.run(ask()).count(200) == MAX_EXPORTS  # their places are free again
 
 
 def test_readers_that_vanish_are_forgotten(side: Side, engine: FakeEngine) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import socket
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +13,8 @@ import httpx
 import openai
 import pytest
 
+from neuroscope_vllm.server.guard import MAX_CHAT
+from neuroscope_vllm.server.routes.proxy import MAX_PASSED_BYTES
 from tests.server.side import Side, http, wait_until
 from tests.server.upstream import CHUNKS, Upstream
 
@@ -89,3 +93,17 @@ def test_an_answer_that_upstream_breaks_off_is_not_ended_cleanly(proxied: Side, 
         assert b"one" in next(chunks)
         with pytest.raises(httpx.RemoteProtocolError, match="incomplete chunked read"):
             next(chunks)
+
+
+def test_bodies_together_have_a_ceiling(proxied: Side):
+    """Of chats that are not sent to their end, which so are on their way for long."""
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n"
+    size = MAX_CHAT - 1
+    with contextlib.ExitStack() as stack:
+        for _ in range(MAX_PASSED_BYTES // size + 1):
+            one = stack.enter_context(socket.create_connection(("127.0.0.1", proxied.port)))
+            one.sendall(head % (size + 1) + b"{" * size)
+        wait_until(lambda: proxied.counters().get("passed_refused") == 1)
+        assert b"64 MiB are passed through" in one.recv(4096)
+    wait_until(lambda: http.post(f"{proxied.base}/v1/completions", json={}).status_code == 200)
+    assert proxied.counters()["passed_refused"] == 1

@@ -341,6 +341,6 @@ def test_a_recording_takes_no_readers_place(new_side: NewSide, tmp_path: Path):
         side.wait_armed()
         assert side.get("/v1/features/stream").status_code == 503
         engine.run("r", [1, 2], [3])
-        side.wait_done("r")
+        wait_until(lambda: any(one["finished"] for one in side.get("/v1/requests").json()["data"]))
     side.process.stop()
     assert [trace.head.request_id for trace in read_traces(tmp_path / "rec")] == ["r"]

@@ -83,3 +83,18 @@ def test_stages_that_disagree_are_an_error():
     stages.add(part(0, 3), 0)
     with pytest.raises(ValueError, match="disagree about the rows of step 0"):
         stages.add(part(0, 20, position=1), 0)
+
+
+def test_a_stage_that_speaks_twice_is_an_error():
+    stages = make_stages()
+    assert not stages.add(part(1, 4), 0.0)
+    with pytest.raises(ValueError, match="2 of 2 layers, 1 of them"):
+        stages.add(part(1, 4), 0.0)
+    assert layers_of(stages.add(part(1, 9), 0.0)) == [(1, [4, 9])]
+
+
+def test_no_model_has_so_many_layers():
+    many = part(1, 4)
+    many.num_layers = 1_000_000
+    with pytest.raises(ValueError, match="1 of 1000000 layers"):
+        make_stages().add(many, 0.0)

@@ -54,7 +54,9 @@ class HFPatchEngine:
         last = max(layers, default=-1)
         for sequence in sequences:
             rows: dict[int, Tensor] = {}
-            keep = {layer: functools.partial(_keep, rows, layer, last) for layer in layers}
+            keep: dict[int, Replace] = {
+                layer: functools.partial(_keep, rows, layer, last) for layer in layers
+            }
             with contextlib.suppress(_EnoughError), self._at(keep):
                 self._decode(torch.tensor([list(sequence)]), None)
             found.append(rows)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+from collections import Counter
+from collections.abc import Iterator
 from functools import cache
 from importlib import resources
 from pathlib import PurePosixPath
@@ -13,9 +16,11 @@ from fastapi import APIRouter, Request, Response
 from neuroscope_vllm.core.detokenize import special_ids
 from neuroscope_vllm.core.recording.page import html_page
 from neuroscope_vllm.core.recording.record import About, of_answer
+from neuroscope_vllm.server.access import Caller
 from neuroscope_vllm.server.errors import ApiError
 from neuroscope_vllm.server.hub import Hub
 from neuroscope_vllm.server.routes import requests
+from neuroscope_vllm.server.sse import LongResponse
 
 TYPES = {
     ".css": "text/css",
@@ -32,7 +37,34 @@ HEADERS = {
     "cache-control": "no-cache",  # an upgraded server must not run half of an old page
 }
 
+MAX_EXPORTS = 4
+"""Files that are made or sent at the same time: each is in memory as a whole."""
+PIECE = 1 << 16
+RETRY_AFTER_S = 5
+
 router = APIRouter(include_in_schema=False)
+
+
+class Exports:
+    """Room for MAX_EXPORTS files, of which one is made at a time: that takes ten times its size."""
+
+    def __init__(self, counters: Counter[str]) -> None:
+        self.turn = asyncio.Lock()
+        self._counters = counters
+        self._count = 0
+
+    @contextlib.contextmanager
+    def place(self) -> Iterator[None]:
+        """Raises ApiError where there is none, and counts that in `exports_refused`."""
+        if self._count >= MAX_EXPORTS:
+            self._counters["exports_refused"] += 1
+            message = f"{MAX_EXPORTS} requests are exported already; try again later."
+            raise ApiError(503, message, retry_after=RETRY_AFTER_S)
+        self._count += 1
+        try:
+            yield
+        finally:
+            self._count -= 1
 
 
 @router.get("/")
@@ -49,20 +81,27 @@ async def static(name: str) -> Response:
 async def export(request: Request, request_id: str) -> Response:
     """All choices of a kept request as one HTML file that asks the network for nothing."""
     hub: Hub = request.app.state.hub
-    kept = await requests.trace(request, request_id)
+    caller: Caller = request.state.caller
+    kept = requests.kept(hub, caller, request_id)
+    exports: Exports = request.app.state.exports
     about = About(
         model=hub.model,
         sites=hub.senders.sites(),
         special_token_ids=special_ids(hub.tokenizer),
     )
-    html = await asyncio.to_thread(_one_file, about, bytes(kept.body), str(request.base_url))
     name = quote(f"{request_id}.html", safe="")
     headers = {"content-disposition": f"attachment; filename*=UTF-8''{name}"}
-    return Response(html, media_type="text/html", headers=headers)
+    with contextlib.ExitStack() as holding:
+        holding.enter_context(exports.place())
+        async with exports.turn:
+            source = str(request.base_url)
+            html = await asyncio.to_thread(_one_file, about, b"".join(kept), source)
+        pieces = (html[at : at + PIECE] for at in range(0, len(html), PIECE))
+        return LongResponse(hub, pieces, holding.pop_all().close, "text/html", headers)
 
 
-def _one_file(about: About, kept: bytes, source: str) -> str:
-    return html_page(about, [trace for trace, _ in of_answer(kept)], source)
+def _one_file(about: About, kept: bytes, source: str) -> bytes:
+    return html_page(about, [trace for trace, _ in of_answer(kept)], source).encode()
 
 
 def _file(name: str) -> Response:

@@ -5,7 +5,10 @@ vLLM has CORS off by default, so a page served from here could not talk to it ot
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from collections import Counter
+from collections.abc import Callable, Iterator
 
 import anyio
 import httpx
@@ -25,7 +28,9 @@ FORWARDED = (
 RETURNED = ("content-type", "retry-after", "www-authenticate", "x-request-id")
 CONNECT_TIMEOUT_S = 5.0
 MAX_PASSED = 1024
-"""Requests that are with vLLM at the same time by way of us."""
+"""Requests that are with vLLM at the same time by way of us, or on their way here."""
+MAX_PASSED_BYTES = 64 << 20
+"""Of all their bodies."""
 RETRY_AFTER_S = 1
 
 logger = logging.getLogger(__name__)
@@ -47,10 +52,7 @@ async def pass_through(request: Request) -> Response:
     upstream: httpx.AsyncClient | None = request.app.state.upstream
     if upstream is None:
         raise ApiError(503, "this side process knows no vLLM server to pass requests to.")
-    if request.app.state.passed >= MAX_PASSED:
-        request.app.state.hub.counters["passed_refused"] += 1
-        message = f"{MAX_PASSED} requests are passed through to vLLM already; ask it directly."
-        raise ApiError(503, message, retry_after=RETRY_AFTER_S)
+    passed: Passed = request.app.state.passed
     given = {name: request.headers[name] for name in FORWARDED if name in request.headers}
     headers = {name.encode(): value.encode("latin-1") for name, value in given.items()}
     caller: Caller = request.state.caller
@@ -58,27 +60,67 @@ async def pass_through(request: Request) -> Response:
         headers[b"authorization"] = caller.authorization.encode()
     headers[b"accept-encoding"] = b"identity"  # chunks are passed on as they come
     url = httpx.URL(path=request.url.path, query=request.url.query.encode())
-    body = await request.body()
-    return _Passed(
-        upstream, upstream.build_request(request.method, url, headers=headers, content=body)
-    )
+    with contextlib.ExitStack() as holding:
+        read = holding.enter_context(passed.place())
+        body = b"".join([read(chunk) async for chunk in request.stream()])
+        asked = upstream.build_request(request.method, url, headers=headers, content=body)
+        return _Relayed(upstream, asked, holding.pop_all().close)
 
 
-class _Passed(Response):
+class Passed:
+    """Room for MAX_PASSED requests and MAX_PASSED_BYTES; `passed_refused` counts the others."""
+
+    def __init__(self, counters: Counter[str]) -> None:
+        self.count = 0
+        self._bytes = 0
+        self._counters = counters
+
+    @contextlib.contextmanager
+    def place(self) -> Iterator[Callable[[bytes], bytes]]:
+        """One more. What is given takes note of a part of its body, and returns it. Both raise
+        ApiError where there is no room."""
+        if self.count >= MAX_PASSED:
+            raise self._refusal(f"{MAX_PASSED} requests are passed through to vLLM already")
+        self.count += 1
+        size = 0
+
+        def read(chunk: bytes) -> bytes:
+            nonlocal size
+            if self._bytes + len(chunk) > MAX_PASSED_BYTES:
+                told = f"bodies of {MAX_PASSED_BYTES >> 20} MiB are passed through to vLLM already"
+                raise self._refusal(told)
+            size += len(chunk)
+            self._bytes += len(chunk)
+            return chunk
+
+        try:
+            yield read
+        finally:
+            self.count -= 1
+            self._bytes -= size
+
+    def _refusal(self, why: str) -> ApiError:
+        self._counters["passed_refused"] += 1
+        return ApiError(503, f"{why}; ask it directly.", retry_after=RETRY_AFTER_S)
+
+
+class _Relayed(Response):
     """Asks upstream while it answers, so that a client who leaves cancels upstream's work, also
     before the first byte."""
 
-    def __init__(self, upstream: httpx.AsyncClient, asked: httpx.Request) -> None:
+    def __init__(
+        self, upstream: httpx.AsyncClient, asked: httpx.Request, release: Callable[[], object]
+    ) -> None:
         super().__init__()
         self._upstream = upstream
         self._asked = asked
+        self._release = release
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        scope["app"].state.passed += 1
         try:
             await self._pass(scope, receive, send)
         finally:
-            scope["app"].state.passed -= 1
+            self._release()
 
     async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with anyio.create_task_group() as group:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -10,10 +12,14 @@ from neuroscope_vllm.core.events import encoder
 from neuroscope_vllm.server.access import Caller
 from neuroscope_vllm.server.errors import ApiError
 from neuroscope_vllm.server.hub import Hub
-from neuroscope_vllm.server.traces import Trace
+from neuroscope_vllm.server.routes.stream import admission
+from neuroscope_vllm.server.sse import LongResponse
+from neuroscope_vllm.server.traces import Event, Trace
 from neuroscope_vllm.server.view import named_json
 
 RECENT = 100
+PIECE = 64
+"""Events, of a kilobyte or so."""
 
 router = APIRouter(prefix="/v1/requests", tags=["requests"])
 
@@ -30,9 +36,17 @@ async def recent(request: Request) -> dict[str, Any]:
 
 @router.get("/{request_id:path}")
 async def trace(request: Request, request_id: str) -> Response:
-    """All kept events of all choices that bear this id."""
+    """All kept events of all choices that bear this id. Takes a reader's place while it is sent."""
     hub: Hub = request.app.state.hub
     caller: Caller = request.state.caller
+    pieces = kept(hub, caller, request_id)
+    with admission(hub, caller.rights), contextlib.ExitStack() as holding:
+        holding.enter_context(hub.place(caller.rights))
+        return LongResponse(hub, pieces, holding.pop_all().close, "application/json")
+
+
+def kept(hub: Hub, caller: Caller, request_id: str) -> Iterator[bytes]:
+    """The answer in pieces, of what is kept now. Raises ApiError if that is nothing."""
     found = hub.traces.find(request_id, caller.rights)
     if not found:
         raise ApiError(
@@ -42,8 +56,9 @@ async def trace(request: Request, request_id: str) -> Response:
             "request_id",
         )
     found.sort(key=lambda trace: (trace.created, trace.choice))
-    choices = b",".join(_choice(trace) for trace in found)
-    return Response(b'{"choices":[%b]}' % choices, media_type="application/json")
+    return _pieces(
+        [(_summary(trace), trace.read(trace.first, trace.end - trace.first)) for trace in found]
+    )
 
 
 def _summary(trace: Trace) -> dict[str, Any]:
@@ -58,7 +73,12 @@ def _summary(trace: Trace) -> dict[str, Any]:
     }
 
 
-def _choice(trace: Trace) -> bytes:
-    head = encoder.encode(_summary(trace))
-    kept = trace.read(trace.first, trace.end - trace.first)
-    return b'%b,"events":[%b]}' % (head[:-1], b",".join(map(named_json, kept)))
+def _pieces(choices: list[tuple[dict[str, Any], list[Event]]]) -> Iterator[bytes]:
+    yield b'{"choices":['
+    for number, (summary, events) in enumerate(choices):
+        yield b'%b%b,"events":[' % (b"," if number else b"", encoder.encode(summary)[:-1])
+        for at in range(0, len(events), PIECE):
+            piece = b",".join(map(named_json, events[at : at + PIECE]))
+            yield b"," + piece if at else piece
+        yield b"]}"
+    yield b"]}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Header, Query, Request, Response
@@ -76,11 +78,21 @@ async def stream_features(
     name = query.request_id
     if name is not None and resume and not restarted and _nothing_left(hub, name, after, rights):
         return Response(status_code=204)
-    try:
+    with admission(hub, rights):
         if name is None:
             reader = hub.subscribe_all(-1 if restarted else after, rights)
         else:
             reader = hub.subscribe(name, None if restarted else after, rights)
+    if restarted:
+        reader.tell_gap("restarted", None, None)
+    return FeatureResponse(hub, reader, view, name)
+
+
+@contextlib.contextmanager
+def admission(hub: Hub, rights: Rights) -> Iterator[None]:
+    """Says why, where a reader finds no place."""
+    try:
+        yield
     except TooManyOfOne:
         whose = "without a key" if rights.who == KEYLESS else "with this key"
         message = (
@@ -91,9 +103,6 @@ async def stream_features(
     except TooManyReaders:
         message = f"{hub.readers} streams are read, as many as max_readers allows; try again later."
         raise ApiError(503, message, retry_after=RETRY_AFTER_S) from None
-    if restarted:
-        reader.tell_gap("restarted", None, None)
-    return FeatureResponse(hub, reader, view, name)
 
 
 def _view(hub: Hub, query: StreamQuery, ndjson: bool) -> View:
