@@ -13,9 +13,12 @@ from neuroscope_vllm.engine.hf.gguf import convert_gguf, find_demo_gguf
 
 HERE = Path(__file__).parent
 WORKERS = os.cpu_count() or 1
-# Several processes of one thread share a busy machine better than one of many; vLLM's cache is
-# of a fixed size so that it does not depend on the free memory.
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
+WIDTHS = {20: 8192, 10: 2048, 28: 2048}
+"""Features by layer. Those beside 20 are there to follow a token through layers, and small: all of
+the demo's files together take less than 40 MB."""
+# vLLM's cache is of a fixed size so that it does not depend on the free memory; and it samples as it
+# is, without our plugin.
+ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_PLUGINS": ""}
 
 
 def start(script: str, **options: object) -> subprocess.Popen:
@@ -35,23 +38,32 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     work: Path = parser.parse_args().work.resolve()
     work.mkdir(parents=True, exist_ok=True)
-    model, tokens, chats = work / "model", work / "tokens.safetensors", work / "chats.safetensors"
-    acts, out = work / "acts", work / "sae"
+    model, tokens, chats, acts = (work / name for name in ("model", "tokens", "chats", "acts"))
 
     convert_gguf(find_demo_gguf(work), model)
-    if not chats.exists():
-        wait(start("sample.py", model=model, out=chats))
+    wait(start("sample.py", model=model, out=chats))
     if not tokens.exists():
-        wait(start("corpus.py", model=model, cache=work / "packages", chats=chats, out=tokens))
-    collectors = [
-        start("collect.py", model=model, tokens=tokens, out=acts, worker=i, workers=WORKERS)
-        for i in range(WORKERS)
-    ]
-    # The trainer reads each shard as soon as it is there.
-    trainer = start("train.py", model=model, tokens=tokens, acts=acts, out=out)
-    wait(*collectors, trainer)
-    wait(start("describe.py", sae=out, acts=acts, tokens=tokens, model=model))
-    wait(start("card.py", sae=out, tokens=tokens))
+        part = work / "tokens.part"
+        wait(start("corpus.py", model=model, cache=work / "packages", chats=chats, out=part))
+        part.rename(tokens)
+    wait(
+        *(
+            start("collect.py", model=model, tokens=tokens, out=acts, worker=i, workers=WORKERS)
+            for i in range(WORKERS)
+        )
+    )
+    given = {"model": model, "tokens": tokens, "acts": acts}
+    for layer, width in WIDTHS.items():
+        sae = work / f"layer_{layer}"
+        if not sae.exists():
+            checkpoints = work / f"checkpoints_{layer}"
+            options = {"out": sae, "width": width, "checkpoints": checkpoints}
+            wait(start("train.py", layer=layer, **options, **given))
+        if not (sae / "metrics.json").exists():
+            wait(start("evaluate.py", layer=layer, sae=sae, **given))
+        if not (sae / "calibration.safetensors").exists():
+            wait(start("describe.py", layer=layer, sae=sae, **given))
+        wait(start("card.py", sae=sae, layer=layer, tokens=tokens))
 
 
 if __name__ == "__main__":

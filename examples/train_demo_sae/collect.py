@@ -102,6 +102,8 @@ def main() -> None:
     parser.add_argument("--worker", type=int, default=0)
     parser.add_argument("--workers", type=int, default=1)
     args = parser.parse_args()
+    # Several processes of one thread share a machine better than one of many.
+    torch.set_num_threads(1)
     engine = HFPatchEngine(str(args.model), "cpu", "bfloat16")
     for part in (HELD_OUT_PART, DOCUMENTS, CHATS):
         tokens = load(args.tokens, part)["tokens"]

@@ -1,6 +1,6 @@
 """Calibrate a saved SAE on collected residuals and label its features from their own tokens.
 
-Usage: `python describe.py --sae FOLDER --acts FOLDER --tokens tokens.safetensors --model FOLDER`
+Usage: `python describe.py --sae FOLDER --layer 20 --acts FOLDER --tokens FOLDER --model FOLDER`
 
 Writes `calibration.safetensors` and `labels/tokens.jsonl` beside the SAE.
 """
@@ -10,10 +10,11 @@ import datetime
 from pathlib import Path
 
 import torch
-from collect import LAYER, ROWS_PER_SHARD, stream
-from corpus import learnable
+from collect import Shard, shards
+from corpus import CHATS, DOCUMENTS, SEQ_LEN, learnable
 from measure import sink_cut
-from safetensors.torch import load_file
+from train import in_order
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from neuroscope_vllm.core.calibration import Calibration
 from neuroscope_vllm.core.labels import Label, LabelSet
@@ -29,44 +30,39 @@ from neuroscope_vllm.core.token_labels import (
 
 MODEL_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 EXAMPLES = 20
+TOKENS = 2_000_000
+"""Read, evenly over the corpus."""
 
 
-def gather(
-    sae: SAE, acts: Path, tokens: torch.Tensor, mask: torch.Tensor
-) -> tuple[Calibration, TopExamples]:
-    """One pass over the collected residuals, special tokens and attention sinks left out.
+def gather(sae: SAE, layer: int, chosen: list[Shard], tokenizer) -> tuple[Calibration, TopExamples]:
+    """One pass over residuals, special tokens and attention sinks left out.
 
     What `neuroscope calibrate` gathers, from residuals that are already here; and it can not leave
     out the system prompt, which is the same in every chat.
     """
-    shards = zip(
-        stream(acts, "train", len(tokens)),
-        tokens.split(ROWS_PER_SHARD),
-        mask.split(ROWS_PER_SHARD),
-        strict=True,
-    )
     examples = TopExamples(sae.width, EXAMPLES)
     gatherer, cut = None, 0.0
-    for number, (residuals, ids, wanted) in enumerate(shards):
+    for number, shard in enumerate(chosen):
+        residuals, wanted = shard.read(layer), learnable(shard.tokens, tokenizer)
         if gatherer is None:
             _, cut = sink_cut(residuals, wanted)
-            gatherer = _pass(cut).gather(LAYER, sae)
-        place = torch.arange(ids.numel()).view_as(ids) + number * ROWS_PER_SHARD * ids.shape[1]
-        rows = (place[wanted], ids[wanted].long(), residuals[wanted])
+            gatherer = _pass(layer, cut).gather(layer, sae)
+        place = torch.arange(wanted.numel()).view_as(wanted) + number * wanted.numel()
+        rows = (place[wanted], shard.tokens[wanted].long(), residuals[wanted])
         for position, token, x in zip(*(column.split(4096) for column in rows), strict=True):
             gatherer.add(Rows(torch.zeros_like(position), position, token, x))
             kept = x.float().norm(dim=-1) <= cut
             examples.update(sae.encode(x[kept]), token[kept], position[kept])
-        print(f"{number + 1} of {-(-len(tokens) // ROWS_PER_SHARD)} shards", flush=True)
+        print(f"{number + 1} of {len(chosen)} shards", flush=True)
     assert gatherer is not None
     return CalibrationPass.read(gatherer.result()), examples
 
 
-def _pass(cut: float) -> CalibrationPass:
+def _pass(layer: int, cut: float) -> CalibrationPass:
     return CalibrationPass(
         special_ids=[],  # the mask has left them out
-        sink_norm={LAYER: cut},
-        sae={LAYER: f"{MODEL_NAME} layer {LAYER}"},
+        sink_norm={layer: cut},
+        sae={layer: f"{MODEL_NAME} layer {layer}"},
         model=MODEL_NAME,
         corpus="examples/train_demo_sae",
         created=datetime.datetime.now(datetime.UTC).date().isoformat(),
@@ -75,8 +71,6 @@ def _pass(cut: float) -> CalibrationPass:
 
 def label(sae: SAE, examples: TopExamples, model: Path, created: str) -> LabelSet:
     """The `tokens` labels of every feature that has an example."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     tokenizer = AutoTokenizer.from_pretrained(model)
     full = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     gain, unembedding = full.model.norm.weight.detach(), full.lm_head.weight.detach()
@@ -97,13 +91,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     for name in ("--sae", "--acts", "--tokens", "--model"):
         parser.add_argument(name, type=Path, required=True)
+    parser.add_argument("--layer", type=int, required=True)
     args = parser.parse_args()
-    from transformers import AutoTokenizer
-
-    tokens = load_file(args.tokens)["train"]
     sae = load_sae(str(args.sae))
-    mask = learnable(tokens, AutoTokenizer.from_pretrained(args.model))
-    calibration, examples = gather(sae, args.acts, tokens, mask)
+    found = in_order(*(shards(args.tokens, args.acts, p, args.layer) for p in (DOCUMENTS, CHATS)))
+    every = max(1, sum(len(one.tokens) for one in found) * SEQ_LEN // TOKENS)
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    calibration, examples = gather(sae, args.layer, found[::every], tokenizer)
     calibration.save(args.sae / "calibration.safetensors")
     labels = label(sae, examples, args.model, calibration.created)
     (args.sae / "labels").mkdir(exist_ok=True)

@@ -1,11 +1,23 @@
-"""Calibrate a saved SAE's threshold and measure it on held-out residuals."""
+"""Calibrate a saved SAE's threshold, and measure it and its controls on held-out residuals."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from sae_lens import SAE
+from torch.nn.functional import cross_entropy
+
+from neuroscope_vllm.engine.hf.hooks import at_layer
 
 SINK_RATIO = 6.0  # times the median norm
+
+
+class Autoencoder(Protocol):
+    """An SAE of SAELens, or a control."""
+
+    def encode(self, x: torch.Tensor) -> torch.Tensor: ...
+    def decode(self, feature_acts: torch.Tensor) -> torch.Tensor: ...
 
 
 def sink_cut(acts: torch.Tensor, mask: torch.Tensor) -> tuple[float, float]:
@@ -33,13 +45,13 @@ def calibrate_threshold(sae: SAE, acts: torch.Tensor, l0: float) -> float:
 
 
 @torch.no_grad()
-def firings(sae: SAE, acts: torch.Tensor) -> torch.Tensor:
+def firings(sae: Autoencoder, acts: torch.Tensor) -> torch.Tensor:
     """How many tokens of `acts` [n, d_model] each feature fires on, [d_sae]."""
     return torch.stack([(f > 0).sum(0) for _, f in _encoded(sae, acts)]).sum(0)
 
 
 @torch.no_grad()
-def metrics(sae: SAE, acts: torch.Tensor) -> dict[str, float]:
+def metrics(sae: Autoencoder, acts: torch.Tensor) -> dict[str, float]:
     """How well residuals [n, d_model] are rebuilt.
 
     `fvu` is the squared error over the variance around the mean residual of `acts`.
@@ -62,7 +74,82 @@ def metrics(sae: SAE, acts: torch.Tensor) -> dict[str, float]:
     }
 
 
-def _encoded(sae: SAE, acts: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def _encoded(sae: Autoencoder, acts: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     for x in acts.split(4096):
         x = x.float()
         yield x, sae.encode(x)
+
+
+@dataclass
+class Dictionary:
+    """A control: directions that were not learned as an SAE's are, the `k` best of each token."""
+
+    directions: torch.Tensor  # [n, d_model], unit norm
+    mean: torch.Tensor  # [d_model]
+    k: int
+    gain: float = 1.0
+
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        found = ((x - self.mean) @ self.directions.T).relu()
+        best = found.topk(self.k, dim=-1)
+        return torch.zeros_like(found).scatter_(-1, best.indices, best.values)
+
+    def decode(self, feature_acts: torch.Tensor) -> torch.Tensor:
+        return self.gain * (feature_acts @ self.directions) + self.mean
+
+    @staticmethod
+    def of_principal_components(x: torch.Tensor, k: int) -> "Dictionary":
+        """All principal components of `x` [n, d_model], each in both directions."""
+        mean = x.mean(0)
+        components = torch.linalg.eigh((x - mean).T @ (x - mean)).eigenvectors.T
+        return Dictionary(torch.cat([components, -components]), mean, k)
+
+    @staticmethod
+    def of_random_directions(x: torch.Tensor, n: int, k: int) -> "Dictionary":
+        """`n` random ones, with the scale that rebuilds `x` best."""
+        generator = torch.Generator().manual_seed(0)
+        directions = torch.randn(n, x.shape[1], generator=generator)
+        made = Dictionary(directions / directions.norm(dim=-1, keepdim=True), x.mean(0), k)
+        some = x[:4096]
+        rebuilt = made.encode(some) @ made.directions
+        made.gain = float((rebuilt * (some - made.mean)).sum() / rebuilt.square().sum())
+        return made
+
+
+class Losses:
+    """What the model loses when the residual of a layer is rebuilt: cross entropy a token, of the
+    tokens after those that are replaced. Special tokens and attention sinks stay as they are.
+
+    Attributes:
+        clean, zeroed: Loss as it is, and with zeros in their place.
+    """
+
+    def __init__(
+        self, model: torch.nn.Module, layer: int, tokens: torch.Tensor, mask: torch.Tensor
+    ) -> None:
+        """`tokens` [n_seq, seq_len] and which of them are replaced, [n_seq, seq_len] bool."""
+        self._model, self._layer = model, model.model.layers[layer]
+        self._tokens, self._mask = tokens, mask
+        self.clean = self._loss(lambda x: x)
+        self.zeroed = self._loss(torch.zeros_like)
+
+    def recovered(self, sae: Autoencoder) -> float:
+        """1: as good as the model; 0: as bad as with zeros."""
+        spliced = self._loss(lambda x: sae.decode(sae.encode(x)))
+        return round((self.zeroed - spliced) / (self.zeroed - self.clean), 4)
+
+    def _loss(self, rebuild: Callable[[torch.Tensor], torch.Tensor]) -> float:
+        total = count = 0.0
+        for tokens, mask in zip(self._tokens.split(8), self._mask.split(8), strict=True):
+
+            def replace(hidden: torch.Tensor, mask: torch.Tensor = mask) -> torch.Tensor:
+                new = hidden.clone()
+                new[mask] = rebuild(hidden[mask])
+                return new
+
+            with at_layer(self._layer, replace):
+                logits = self._model(tokens, use_cache=False).logits
+            judged = mask[:, :-1]
+            found = cross_entropy(logits[:, :-1][judged], tokens[:, 1:][judged], reduction="sum")
+            total, count = total + float(found), count + int(judged.sum())
+        return total / count

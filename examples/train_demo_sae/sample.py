@@ -1,6 +1,6 @@
 """Chats sampled from the model itself: the distribution the demo really shows.
 
-Usage: `python sample.py --model FOLDER --out FOLDER --chats 12000`
+Usage: `python sample.py --model FOLDER --out FOLDER --chats 6144`
 
 Written in parts, so that an interrupted run goes on where it stopped. Half of the chats have a
 second question.
@@ -70,7 +70,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--chats", type=int, default=12_288)
+    parser.add_argument("--chats", type=int, default=6_144)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     asked = [question for question, _ in questions()[: args.chats]]
