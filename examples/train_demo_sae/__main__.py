@@ -16,8 +16,8 @@ WORKERS = os.cpu_count() or 1
 WIDTHS = {20: 8192, 10: 2048, 28: 2048}
 """Features by layer. Those beside 20 are there to follow a token through layers, and small: all of
 the demo's files together take less than 40 MB."""
-# vLLM's cache is of a fixed size so that it does not depend on the free memory; and it samples as it
-# is, without our plugin.
+# vLLM's cache is of a fixed size so that it does not depend on the free memory; and it samples as
+# it is, without our plugin.
 ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_PLUGINS": ""}
 
 
