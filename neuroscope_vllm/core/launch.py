@@ -129,7 +129,10 @@ class SideProcess:
             logger.warning(text, code, pause)
             if self._stopping.wait(pause):
                 return
-            self._spawn()
+            try:
+                self._spawn()
+            except OSError as error:  # no memory or no files, for now
+                logger.warning("neuroscope: the side process can not be started (%s).", error)
             pause = min(2 * pause + 1, MAX_PAUSE_S)
 
 

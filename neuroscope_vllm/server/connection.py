@@ -1,4 +1,5 @@
-"""Connections whose requests come too slowly, or do not end, are closed: uvicorn would wait."""
+"""Connections whose requests come too slowly, or do not end, or whose answers nobody takes, are
+closed: uvicorn would wait."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ from uvicorn.protocols.http.auto import AutoHTTPProtocol
 from neuroscope_vllm.server.guard import MAX_CHAT, MAX_HEAD, Refusals
 
 PATIENCE_S = 10.0
+"""Also between two looks at an answer that is not taken."""
 SLOWEST = 8192
 """Bytes a second that buy more time than PATIENCE_S."""
 MAX_REQUEST = MAX_CHAT + (6 << 20)
@@ -43,6 +45,8 @@ def impatient(refusals: Refusals) -> type[asyncio.Protocol]:
 
     class Impatient(_Base):
         _timer: asyncio.TimerHandle | None = None
+        _taking: asyncio.TimerHandle | None = None
+        _untaken = 0
         _began = 0.0
         _received = 0
         _ahead = 0
@@ -51,9 +55,12 @@ def impatient(refusals: Refusals) -> type[asyncio.Protocol]:
         def connection_made(self, transport: asyncio.BaseTransport) -> None:
             super().connection_made(transport)
             self._watch()
+            self._taking = _later(PATIENCE_S, self._look_whether_taken)
 
         def connection_lost(self, exc: Exception | None) -> None:
             self._rest()
+            if self._taking is not None:
+                self._taking.cancel()
             super().connection_lost(exc)
             # uvicorn tells the one that came last; the one that is answered may be a stream, which
             # would go on for nobody.
@@ -118,6 +125,16 @@ def impatient(refusals: Refusals) -> type[asyncio.Protocol]:
                 self._timer = _later(left, self._look)
             else:
                 self._refuse("slow")
+
+        def _look_whether_taken(self) -> None:
+            """While it is full or closing, nothing is added to what waits to be sent."""
+            before, self._untaken = self._untaken, self.transport.get_write_buffer_size()
+            waits = self.flow.write_paused or self.transport.is_closing()
+            if waits and self._untaken >= before > 0:
+                self._count("stuck")
+                self.transport.abort()
+            else:
+                self._taking = _later(PATIENCE_S, self._look_whether_taken)
 
         def _refuse(self, kind: str) -> None:
             self._rest()

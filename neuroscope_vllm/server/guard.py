@@ -56,6 +56,7 @@ REFUSED = {
     "malformed": "for what is no HTTP",
     "pipelined": "for too many requests before an answer",
     "slow": "for taking too long",
+    "stuck": "more of an answer, of which nothing was taken",
 }
 """What is refused, by kind, in the log's words."""
 

@@ -191,7 +191,7 @@ def _refusals(counters: Counter[str]) -> Iterator[Metric]:
         "refused_at_limit",
         "What there was no room for: requests to follow (they run all the same), readers,"
         " readers beyond the share of their key, senders, chats to pass through to vLLM, changes"
-        " of steering, cards, exports, bodies of chats.",
+        " of steering, cards, exports.",
         by_label(counters, {what: f"{name}_refused" for what, name in limited.items()}),
         ["what"],
     )

@@ -89,7 +89,7 @@ class Replay:
         self._speed = speed
         self._asked = asked
         self._fail = fail
-        self._traces: dict[int, Trace] = {}
+        self._traces: dict[int, Trace | None] = {}
         self._epoch: str | None = None
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -162,22 +162,28 @@ class Replay:
             await asyncio.sleep(0.02)
 
     def _retell(self, told: Told) -> None:
-        trace = self._traces.get(told.trace) or self._begin(told)
-        event = told.event
+        if told.trace not in self._traces:
+            self._begin(told)
+        trace, event = self._traces[told.trace], told.event
+        if trace is None:
+            return
         seq = self._hub.ring.end if self._epoch is None else event.seq
         made = Event.make(seq, event.name, event.layer, event.id, event.json, trace)
         self._hub.retell(trace, made)
         if event.name == "done":
             del self._traces[told.trace]
 
-    def _begin(self, told: Told) -> Trace:
+    def _begin(self, told: Told) -> None:
+        """None is told of one that runs already, as in a copy."""
         head = told.head
+        if any(one and one.internal_id == head.internal_id for one in self._traces.values()):
+            self._traces[told.trace] = None
+            return
         ids = head.internal_id, head.request_id, head.choice
         trace = Trace(*ids, head.created, head.secret)
         trace.first = trace.end = head.events_total - head.events
         self._hub.begin(trace)
         self._traces[told.trace] = trace
-        return trace
 
 
 async def _some(told: Iterator[Told]) -> list[Told]:

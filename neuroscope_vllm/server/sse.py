@@ -61,7 +61,9 @@ async def stream(reader: AllRequests | OneRequest, view: View, pace: Pace) -> As
                 await asyncio.sleep(0)  # a send need not wait, and there is more than this reader
             elif not reader.ended:
                 await pace.rest()
-        elif not batch and not reader.ended:
+        elif batch:
+            await asyncio.sleep(0)  # nothing of it is wanted
+        elif not reader.ended:
             await reader.wait()
     if not reader.closing:
         yield view.ending

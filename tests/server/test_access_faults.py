@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import socket
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
 from neuroscope_vllm.client.calls import quoted
 from neuroscope_vllm.core.access import KeyDigests, digest
-from neuroscope_vllm.engine.fake import FakeEngine
+from neuroscope_vllm.engine.fake import FakeEngine, Script
 from neuroscope_vllm.server.connection import PATIENCE_S
 from neuroscope_vllm.server.guard import MAX_BODY, MAX_CHAT, MAX_HEAD, MAX_PARAMETERS, Refusals
 from tests.server.access import ADMIN, USER, bearer
@@ -264,15 +265,18 @@ def test_few_requests_wait_behind_a_stream(keyed: Side):
 
 
 def test_a_client_that_leaves_in_its_body_is_no_fault(
-    keyed: Side, capfd: pytest.CaptureFixture[str]
+    new_side: Callable[..., Side], capfd: pytest.CaptureFixture[str]
 ):
+    side = new_side(upstream=NOBODY)
     for path in ("/v1/session", "/v1/chat/completions"):
-        head = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\n{KEY_OF_USER}Content-Length: 9\r\n\r\n"
-        with connect(keyed, head, "{") as leaving:
+        head = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 9\r\n\r\n"
+        with connect(side, head, "{") as leaving:
             leaving.shutdown(socket.SHUT_WR)
             time.sleep(0.3)
-    wait_until(lambda: keyed.get("/health").status_code == 200)
-    assert "Traceback" not in capfd.readouterr().err
+    side.process.stop()
+    said = capfd.readouterr().err
+    assert "features of fake" in said
+    assert "Traceback" not in said
 
 
 @pytest.mark.parametrize("name", ["X-Request-Id", "Accept", "Content-Type", "traceparent"])
@@ -291,6 +295,24 @@ def test_what_comes_behind_a_stream_has_an_end(keyed: Side):
         with pytest.raises(OSError, match=r"reset|pipe"):
             connection.sendall(endless)
     assert counted(keyed, "pipelined") == before + 1
+
+
+def test_answers_that_nobody_takes_hold_no_connection(keyed: Side, engine_of_keyed: FakeEngine):
+    engine_of_keyed.run("not-taken", [1] * 5000, [2], Script(chunk=500))
+    wait_until(
+        lambda: keyed.get("/v1/requests/not-taken", headers=bearer(ADMIN)).status_code == 200
+    )
+    before = counted(keyed, "stuck")
+    many = f"GET /openapi.json HTTP/1.1\r\nHost: 127.0.0.1\r\n{KEY}\r\n" * 64
+    long = f"GET /v1/requests/not-taken HTTP/1.1\r\nHost: 127.0.0.1\r\n{KEY}\r\n"
+    with contextlib.ExitStack() as stack:
+        for ask in (many, long):
+            one = stack.enter_context(socket.socket())
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            one.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 536)
+            one.connect(("127.0.0.1", keyed.port))
+            one.sendall(ask.encode())
+        wait_until(lambda: counted(keyed, "stuck") == before + 2, timeout=4 * PATIENCE_S)
 
 
 @pytest.mark.parametrize("kind", ["text/event-stream", "application/x-ndjson"])

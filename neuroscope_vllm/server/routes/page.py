@@ -19,6 +19,7 @@ from neuroscope_vllm.core.recording.record import About, of_answer
 from neuroscope_vllm.server.access import Caller
 from neuroscope_vllm.server.errors import ApiError
 from neuroscope_vllm.server.hub import Hub
+from neuroscope_vllm.server.rights import Rights
 from neuroscope_vllm.server.routes import requests
 from neuroscope_vllm.server.sse import LongResponse
 
@@ -46,25 +47,30 @@ router = APIRouter(include_in_schema=False)
 
 
 class Exports:
-    """Room for MAX_EXPORTS files, of which one is made at a time: that takes ten times its size."""
+    """Room for MAX_EXPORTS files, one of a caller that is no admin, of which one is made at a time:
+    that takes ten times its size."""
 
     def __init__(self, counters: Counter[str]) -> None:
         self.turn = asyncio.Lock()
         self._counters = counters
-        self._count = 0
+        self._whose: list[bytes | None] = []
 
     @contextlib.contextmanager
-    def place(self) -> Iterator[None]:
+    def place(self, rights: Rights) -> Iterator[None]:
         """Raises ApiError where there is none, and counts that in `exports_refused`."""
-        if self._count >= MAX_EXPORTS:
+        who = rights.who
+        if len(self._whose) >= MAX_EXPORTS or (who is not None and who in self._whose):
             self._counters["exports_refused"] += 1
-            message = f"{MAX_EXPORTS} requests are exported already; try again later."
+            message = (
+                f"{len(self._whose)} requests are exported already, of {MAX_EXPORTS} at a time and"
+                " one with a user key; try again later."
+            )
             raise ApiError(503, message, retry_after=RETRY_AFTER_S)
-        self._count += 1
+        self._whose.append(who)
         try:
             yield
         finally:
-            self._count -= 1
+            self._whose.remove(who)
 
 
 @router.get("/")
@@ -92,10 +98,14 @@ async def export(request: Request, request_id: str) -> Response:
     name = quote(f"{request_id}.html", safe="")
     headers = {"content-disposition": f"attachment; filename*=UTF-8''{name}"}
     with contextlib.ExitStack() as holding:
-        holding.enter_context(exports.place())
+        holding.enter_context(exports.place(caller.rights))
         async with exports.turn:
+            parts: list[bytes] = []
+            for part in kept:
+                parts.append(part)
+                await asyncio.sleep(0)
             source = str(request.base_url)
-            html = await asyncio.to_thread(_one_file, about, b"".join(kept), source)
+            html = await asyncio.to_thread(_one_file, about, b"".join(parts), source)
         pieces = (html[at : at + PIECE] for at in range(0, len(html), PIECE))
         return LongResponse(hub, pieces, holding.pop_all().close, "text/html", headers)
 

@@ -17,6 +17,8 @@ from starlette.types import Receive, Scope, Send
 
 from neuroscope_vllm.server.access import Caller
 from neuroscope_vllm.server.errors import ApiError, answer
+from neuroscope_vllm.server.readers import SHARE
+from neuroscope_vllm.server.rights import Rights
 
 FORWARDED = (
     "accept",
@@ -61,47 +63,51 @@ async def pass_through(request: Request) -> Response:
     headers[b"accept-encoding"] = b"identity"  # chunks are passed on as they come
     url = httpx.URL(path=request.url.path, query=request.url.query.encode())
     with contextlib.ExitStack() as holding:
-        read = holding.enter_context(passed.place())
+        read = holding.enter_context(passed.place(caller.rights))
         body = b"".join([read(chunk) async for chunk in request.stream()])
         asked = upstream.build_request(request.method, url, headers=headers, content=body)
         return _Relayed(upstream, asked, holding.pop_all().close)
 
 
 class Passed:
-    """Room for MAX_PASSED requests and MAX_PASSED_BYTES; `passed_refused` counts the others."""
+    """Room for MAX_PASSED requests and MAX_PASSED_BYTES, a quarter of both for a caller that is no
+    admin; `passed_refused` counts the others."""
 
     def __init__(self, counters: Counter[str]) -> None:
-        self.count = 0
-        self._bytes = 0
         self._counters = counters
+        self._requests: Counter[bytes | None] = Counter()
+        self._bytes: Counter[bytes | None] = Counter()
 
     @contextlib.contextmanager
-    def place(self) -> Iterator[Callable[[bytes], bytes]]:
+    def place(self, rights: Rights) -> Iterator[Callable[[bytes], bytes]]:
         """One more. What is given takes note of a part of its body, and returns it. Both raise
         ApiError where there is no room."""
-        if self.count >= MAX_PASSED:
-            raise self._refusal(f"{MAX_PASSED} requests are passed through to vLLM already")
-        self.count += 1
-        size = 0
+        who, size = rights.who, 0
+
+        def take(of: Counter[bytes | None], more: int, limit: int, what: str) -> None:
+            share = limit if who is None else limit // SHARE
+            if of.total() + more > limit or of[who] + more > share:
+                self._counters["passed_refused"] += 1
+                message = f"{what} are passed through to vLLM already; ask it directly."
+                raise ApiError(503, message, retry_after=RETRY_AFTER_S)
+            of[who] += more
 
         def read(chunk: bytes) -> bytes:
             nonlocal size
-            if self._bytes + len(chunk) > MAX_PASSED_BYTES:
-                told = f"bodies of {MAX_PASSED_BYTES >> 20} MiB are passed through to vLLM already"
-                raise self._refusal(told)
+            what = f"bodies of {MAX_PASSED_BYTES >> 20} MiB, a quarter of that with a user key,"
+            take(self._bytes, len(chunk), MAX_PASSED_BYTES, what)
             size += len(chunk)
-            self._bytes += len(chunk)
             return chunk
 
+        what = f"{MAX_PASSED} requests, a quarter of that with a user key,"
+        take(self._requests, 1, MAX_PASSED, what)
         try:
             yield read
         finally:
-            self.count -= 1
-            self._bytes -= size
-
-    def _refusal(self, why: str) -> ApiError:
-        self._counters["passed_refused"] += 1
-        return ApiError(503, f"{why}; ask it directly.", retry_after=RETRY_AFTER_S)
+            for of, taken in ((self._requests, 1), (self._bytes, size)):
+                of[who] -= taken
+                if not of[who]:
+                    del of[who]
 
 
 class _Relayed(Response):

@@ -8,13 +8,13 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from neuroscope_vllm.core.events import encoder
+from neuroscope_vllm.core.events import GapEvent, encoder
 from neuroscope_vllm.server.access import Caller
 from neuroscope_vllm.server.errors import ApiError
 from neuroscope_vllm.server.hub import Hub
 from neuroscope_vllm.server.routes.stream import admission
 from neuroscope_vllm.server.sse import LongResponse
-from neuroscope_vllm.server.traces import Event, Trace
+from neuroscope_vllm.server.traces import Trace
 from neuroscope_vllm.server.view import named_json
 
 RECENT = 100
@@ -56,9 +56,7 @@ def kept(hub: Hub, caller: Caller, request_id: str) -> Iterator[bytes]:
             "request_id",
         )
     found.sort(key=lambda trace: (trace.created, trace.choice))
-    return _pieces(
-        [(_summary(trace), trace.read(trace.first, trace.end - trace.first)) for trace in found]
-    )
+    return _pieces([(trace, trace.end, _summary(trace)) for trace in found])
 
 
 def _summary(trace: Trace) -> dict[str, Any]:
@@ -73,12 +71,21 @@ def _summary(trace: Trace) -> dict[str, Any]:
     }
 
 
-def _pieces(choices: list[tuple[dict[str, Any], list[Event]]]) -> Iterator[bytes]:
+def _pieces(choices: list[tuple[Trace, int, dict[str, Any]]]) -> Iterator[bytes]:
+    """Of each trace, up to an end. What it holds is not held here: it may go while this is sent."""
     yield b'{"choices":['
-    for number, (summary, events) in enumerate(choices):
+    for number, (trace, end, summary) in enumerate(choices):
         yield b'%b%b,"events":[' % (b"," if number else b"", encoder.encode(summary)[:-1])
-        for at in range(0, len(events), PIECE):
-            piece = b",".join(map(named_json, events[at : at + PIECE]))
-            yield b"," + piece if at else piece
+        at, comma = trace.first, b""
+        while at < end:
+            if at < trace.first:
+                lost = min(trace.first, end) - at
+                gap = encoder.encode(GapEvent("evicted", count=lost))
+                piece, at = b'{"event":"gap",%b' % gap[1:], at + lost
+            else:
+                kept = trace.read(at, min(PIECE, end - at))
+                piece, at = b",".join(map(named_json, kept)), at + len(kept)
+            yield comma + piece
+            comma = b","
         yield b"]}"
     yield b"]}"
