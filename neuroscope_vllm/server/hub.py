@@ -275,8 +275,7 @@ class Hub:
         self.counters["resyncs"] += 1
         told = {one.started.internal_id for one in message.live}
         for internal_id, opened in list(self._open.items()):
-            gone = opened.engine == message.engine and internal_id not in told
-            if gone:
+            if opened.engine == message.engine and internal_id not in told:
                 self._fail(opened, "Its last tokens were lost on their way here.", now)
         for one in message.live:
             try:
