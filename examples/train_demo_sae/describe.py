@@ -10,10 +10,10 @@ import datetime
 from pathlib import Path
 
 import torch
-from collect import Shard, shards
-from corpus import CHATS, DOCUMENTS, SEQ_LEN, learnable
+from collect import Shard
+from corpus import SEQ_LEN, learnable
 from measure import sink_cut
-from train import in_order
+from train import training_shards
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from neuroscope_vllm.core.calibration import Calibration
@@ -94,7 +94,7 @@ def main() -> None:
     parser.add_argument("--layer", type=int, required=True)
     args = parser.parse_args()
     sae = load_sae(str(args.sae))
-    found = in_order(*(shards(args.tokens, args.acts, p, args.layer) for p in (DOCUMENTS, CHATS)))
+    found = training_shards(args.tokens, args.acts, args.layer)
     every = max(1, sum(len(one.tokens) for one in found) * SEQ_LEN // TOKENS)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     calibration, examples = gather(sae, args.layer, found[::every], tokenizer)

@@ -12,9 +12,9 @@ from pathlib import Path
 import measure
 import torch
 from collect import shards
-from corpus import CHATS, DOCUMENTS, HELD_OUT_PART, NAMES, learnable, load
+from corpus import HELD_OUT_PART, NAMES, learnable, load
 from sae_lens import SAE
-from train import in_order
+from train import training_shards
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 SAMPLE_SHARDS = 40
@@ -26,7 +26,7 @@ LOSS_ROWS = 128
 
 def training_sample(args: argparse.Namespace, tokenizer, cut: float) -> torch.Tensor:
     """Residuals [n, d_model] of training, bf16."""
-    found = in_order(*(shards(args.tokens, args.acts, p, args.layer) for p in (DOCUMENTS, CHATS)))
+    found = training_shards(args.tokens, args.acts, args.layer)
     parts = []
     for shard in found[:: max(1, len(found) // SAMPLE_SHARDS)]:
         acts = shard.read(args.layer)

@@ -94,9 +94,10 @@ class Residuals:
         return learnable(shard.tokens, self.tokenizer, keep_prefix=KEEP_PREFIX)
 
 
-def in_order(documents: list[Shard], chats: list[Shard]) -> list[Shard]:
-    """The model's own chats come in the second half, nearer to the end of training: that text is
-    most like the demo's."""
+def training_shards(tokens: Path, acts: Path, layer: int) -> list[Shard]:
+    """In order. The model's own chats come in the second half, nearer to the end of training: that
+    text is most like the demo's."""
+    documents, chats = (shards(tokens, acts, part, layer) for part in (DOCUMENTS, CHATS))
     half = len(documents) // 2
     tail = documents[half:] + chats
     random.Random(SEED).shuffle(tail)
@@ -181,8 +182,8 @@ def main() -> None:
     parser.add_argument("--k", type=float, default=72)
     args = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    parts = [shards(args.tokens, args.acts, part, args.layer) for part in (DOCUMENTS, CHATS)]
-    data = Residuals(in_order(*parts), args.layer, tokenizer)
+    found = training_shards(args.tokens, args.acts, args.layer)
+    data = Residuals(found, args.layer, tokenizer)
     first = data.shards[0]
     median, data.cut = measure.sink_cut(first.read(args.layer), learnable(first.tokens, tokenizer))
     print(f"median norm {median:.1f}, sink cut {data.cut:.1f}", flush=True)

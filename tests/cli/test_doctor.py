@@ -235,17 +235,17 @@ def test_vllm_for_cuda_without_a_driver(tmp_path: Path) -> None:
 
 def test_open_files_by_the_hard_limit() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if hard == resource.RLIM_INFINITY:
-        pytest.skip("there is no limit")
+    limited = hard != resource.RLIM_INFINITY
     resource.setrlimit(resource.RLIMIT_NOFILE, (512, hard))
     try:
         well = doctor(NEUROSCOPE_MAX_READERS="1")
-        many = doctor(NEUROSCOPE_MAX_READERS=str(hard))
+        many = doctor(NEUROSCOPE_MAX_READERS=str(hard if limited else 1 << 20))
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert well.verdict("versions", "open_files") == "ok"
     files = many.one("versions", "open_files")
-    assert (files["verdict"], f"{hard + 1024}" in files["remedy"]) == ("warning", True)
+    assert files["verdict"] == ("warning" if limited else "ok")
+    assert not limited or f"{hard + 1024}" in files["remedy"]
 
 
 def install(site: Path, name: str, version: str) -> None:
