@@ -302,7 +302,7 @@ def assert_poison_is_named(engines: RayEngines) -> None:
     killer.start()
     try:
         with pytest.raises(EngineError, match="3 Ray workers died on chunk 1 ") as caught:
-            engines.run(CalibrationPass(special_ids=[]), [list(range(5, 500))] * 200)
+            engines.run(CalibrationPass(special_ids=[]), [list(range(5, 300))] * 1000)
     finally:
         over.set()
         killer.join()
