@@ -31,10 +31,9 @@ PROMPT_TOKENS = 16
 OUTPUT_TOKENS = 64
 RAMP_S = 1.0
 """Until all slots run."""
-STARTS_PER_STEP = 64
 STARTS_UNDERWAY = 64
-"""Requests that begin in a step, and that the hub has not heard of yet before one: together they
-fit the short queue of an engine, which drops what does not."""
+"""Requests that have begun and that the hub has not heard of yet: they fit the short queue of an
+engine, which drops what does not. The next ones begin with a later step."""
 PAUSE_S = 1.0
 """Between two requests of a slot, while its reader connects anew."""
 TICK_S = 1e-5
@@ -107,6 +106,11 @@ class Slot:
 class Sink(Protocol):
     """Takes what the slots do."""
 
+    @property
+    def room(self) -> int:
+        """How many requests may begin now."""
+        ...
+
     def started(self, slot: Slot) -> None: ...
     def step(self, slots: list[Slot], stamp: int) -> None:
         """Each slot's tokens from `sent` to `end`."""
@@ -130,6 +134,10 @@ class HubSink:
         self._closing = threading.Event()
         self._poller = threading.Thread(target=self._poll, daemon=True)
         self._poller.start()
+
+    @property
+    def room(self) -> int:
+        return STARTS_UNDERWAY - (self._starts - self._starts_taken)
 
     def started(self, slot: Slot) -> None:
         self._engine.scheduler.put(
@@ -168,10 +176,7 @@ class HubSink:
             self._rows += count
 
     def wait(self, rows: int) -> None:
-        while (
-            self._rows - self._rows_taken > rows
-            or self._starts - self._starts_taken > STARTS_UNDERWAY
-        ):
+        while self._rows - self._rows_taken > rows:
             time.sleep(0.002)
             senders = (self._engine.scheduler, self._engine.worker)
             if dropped := sum(sender.counters["messages_dropped"] for sender in senders):
@@ -213,6 +218,10 @@ class FrameSink:
         self._socket.connect(feed.endpoint)
         self._seq = 0
         self._frames: list[tuple[str, bytes]] = []
+
+    @property
+    def room(self) -> int:
+        return STARTS_UNDERWAY
 
     def started(self, slot: Slot) -> None:
         self._tell(
@@ -286,7 +295,7 @@ def run(feed: Feed) -> dict[str, object]:
     while True:
         now = time.monotonic()
         due_to_start = (slot for slot in slots if not slot.ids and slot.start_at <= now < ends)
-        for slot in itertools.islice(due_to_start, STARTS_PER_STEP):
+        for slot in itertools.islice(due_to_start, max(sink.room, 0)):
             slot.begin(vocabulary)
             sink.started(slot)
         if all_began is None and all(slot.events for slot in slots):

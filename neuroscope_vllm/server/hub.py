@@ -192,10 +192,7 @@ class Hub:
             self.counters["requests_refused"] += 1
             self.join.ignore(internal_id)
             return
-        shown, dense = self.shown, self.senders.dense
-        narrator = Narrator(
-            started, self.model, shown.label_of, shown.unreliable, dense, self.tokenizer
-        )
+        narrator = Narrator(started, self.model, self.shown, self.senders.dense, self.tokenizer)
         ids = internal_id, started.request_id, started.choice
         trace = Trace(*ids, started.created, started.secret)
         self.begin(trace)

@@ -13,14 +13,13 @@ from tokenizers import Tokenizer
 from neuroscope_vllm.core import events, wire
 from neuroscope_vllm.core.detokenize import OutputText, Released, TextStream
 from neuroscope_vllm.server.join import Choice, Done, Gap, Item, Placed
-from neuroscope_vllm.server.rows import LayerRows
+from neuroscope_vllm.server.rows import Row
+from neuroscope_vllm.server.shown import Shown
 
 logger = logging.getLogger(__name__)
 
 Named = tuple[str, int | None, msgspec.Struct]
 """Event name, layer, event."""
-LabelOf = Callable[[int, int], str | None]
-"""Label of a feature: (layer, index) -> text."""
 
 
 @dataclass(slots=True)
@@ -29,9 +28,7 @@ class Narrator:
 
     started: wire.RequestStarted
     model: str
-    label_of: LabelOf
-    unreliable_of: Callable[[int], frozenset[int]]
-    """Features of a layer whose label is unreliable."""
+    shown: Shown
     dense_of: Callable[[int], frozenset[int]]
     """Dense features of a layer."""
     tokenizer: Tokenizer | None
@@ -143,22 +140,22 @@ class Narrator:
             text = self._texts.popleft()
         started = self.started
         make = events.TokenEvent
-        row = placed.row
-        known = placed.rows.layers if placed.rows is not None else []
+        at = placed.row
+        known = [layer[at] for layer in placed.rows.layers] if placed.rows is not None else []
         steered = placed.rows.steered if placed.rows is not None else {}
-        for rows in known:
-            yield name, rows.layer, make(
+        for row in known:
+            yield name, row.layer, make(
                 started.request_id, started.choice, token_index, position, text,
-                placed.token_id, rows.layer, self._features(rows, row), rows.l0[row], "self", phase,
-                placed.cached, bool(rows.sink[row]), started.internal_id,
-                steered.get((row, rows.layer), []),
+                placed.token_id, row.layer, self._features(row), row.l0, "self", phase,
+                placed.cached, bool(row.sink), started.internal_id,
+                steered.get((at, row.layer), []),
             )  # fmt: skip
         if placed.rows is not None:
-            for hit in placed.rows.hits.get(row, ()):
+            for hit in placed.rows.hits.get(at, ()):
                 yield "rule", hit.layer, self._rule(position, hit)
         if known and len(known) >= len(self.started.layers):
             return
-        missing = set(self.started.layers).difference(rows.layer for rows in known)
+        missing = set(self.started.layers).difference(row.layer for row in known)
         for layer in sorted(missing) or (None,):
             yield name, layer, make(
                 started.request_id, started.choice, token_index, position, text,
@@ -181,16 +178,15 @@ class Narrator:
                 )
             return ""
 
-    def _features(self, rows: LayerRows, row: int) -> list[events.Feature]:
-        label_of, layer = self.label_of, rows.layer
-        dense, doubted = self.dense_of(layer), self.unreliable_of(layer)
+    def _features(self, row: Row) -> list[events.Feature]:
+        shown, layer = self.shown, row.layer
+        label_of, doubted = shown.labels(layer).get, shown.unreliable(layer)
+        dense = self.dense_of(layer)
         return [
             events.Feature(
-                index, label_of(layer, index), activation, score, index in dense, index in doubted
+                index, label_of(index), activation, score, index in dense, index in doubted
             )
-            for index, activation, score in zip(
-                rows.index[row], rows.activation[row], rows.score[row], strict=True
-            )
+            for index, activation, score in zip(row.index, row.activation, row.score, strict=True)
             if index >= 0
         ]
 
@@ -203,7 +199,7 @@ class Narrator:
             layer=hit.layer,
             feature=hit.feature,
             activation=hit.activation,
-            label=self.label_of(hit.layer, hit.feature),
+            label=self.shown.labels(hit.layer).get(hit.feature),
             tag=hit.tag,
             stop=hit.stop,
             internal_id=self.started.internal_id,

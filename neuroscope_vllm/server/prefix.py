@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from itertools import chain
 
 from neuroscope_vllm.core import wire
-from neuroscope_vllm.server.rows import Rows, unpack_layer
+from neuroscope_vllm.server.rows import Row, Rows, unpack_layer
 
 BLOCK = 16
 """Tokens per entry. vLLM caches whole blocks, of this size or a multiple of it."""
@@ -23,8 +23,6 @@ ENTRY_OVERHEAD_BYTES = 400
 """What an entry costs beside its arrays: dictionary, digest, objects."""
 
 Block = list[wire.LayerFeatures]
-Row = list[tuple[int, list[int], list[float], list[float], int, int]]
-"""What a LayerRows has of one row, for each layer: to keep it does not keep the whole step."""
 
 
 class PrefixCache:
@@ -81,7 +79,7 @@ class PrefixWalk:
         self._edited_from, self._salt = edited_from, salt
         self._put: deque[tuple[int, bytes]] = deque(maxlen=LATE // BLOCK)  # ends and digests
         self._ids = array("i")  # of the block that has begun
-        self._rows: list[Row] = []  # likewise; fewer where a row is missing
+        self._rows: list[list[Row]] = []  # likewise, of each layer; fewer where one is missing
 
     def edit_from(self, position: int, salt: bytes) -> None:
         """It is steered otherwise from `position` on. Rows of it that came before the word of the
@@ -101,19 +99,7 @@ class PrefixWalk:
         """The next position and its row, None if it has none."""
         self._ids.append(token_id)
         if rows is not None:
-            self._rows.append(
-                [
-                    (
-                        one.layer,
-                        one.index[row],
-                        one.activation[row],
-                        one.score[row],
-                        one.l0[row],
-                        one.sink[row],
-                    )
-                    for one in rows.layers
-                ]
-            )
+            self._rows.append([layer[row] for layer in rows.layers])
         if len(self._ids) < BLOCK:
             return
         self._turn()
@@ -151,8 +137,8 @@ class PrefixWalk:
         self._ids = array("i")
 
 
-def pack(rows: list[Row]) -> Block | None:
-    """Rows of many messages as arrays, or None if they are not all of the same layers."""
+def pack(rows: list[list[Row]]) -> Block | None:
+    """Rows of many messages, each of all layers, as arrays; None if those are not the same ones."""
     if any(len(row) != len(rows[0]) for row in rows):
         return None
     block: Block = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import repeat
 from math import isnan
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -14,7 +15,9 @@ from neuroscope_vllm.core import wire
 from neuroscope_vllm.core.events import SteeredFeature
 
 ROWS_OVERHEAD_BYTES = 700
-"""Of the lists around rows, for each layer."""
+"""Of the lists around rows."""
+ROW_BYTES, FEATURE_BYTES = 400, 120
+"""Of one row of a layer, and of each feature in it."""
 FEW_VALUES = 64
 """Fewer are sooner printed one by one than rounded together."""
 POWERS = np.array([float(f"1e{n}") for n in range(23)])
@@ -23,42 +26,32 @@ POWERS = np.array([float(f"1e{n}") for n in range(23)])
 NOTHING: Mapping[Any, Any] = MappingProxyType({})
 
 
-class LayerRows(NamedTuple):
-    """Columns of one layer, indexed by row; -1 in `index` is padding."""
+class Row(NamedTuple):
+    """What one layer has of one token; -1 in `index` is padding."""
 
     layer: int
-    index: list[list[int]]  # pyright: ignore[reportIncompatibleMethodOverride]  (tuple.index)
-    activation: list[list[float]]
-    score: list[list[float]]
-    l0: list[int]
-    sink: list[int]
+    index: list[int]  # pyright: ignore[reportIncompatibleMethodOverride]  (tuple.index)
+    activation: list[float]
+    score: list[float]
+    l0: int
+    sink: int
 
 
 class Rows(NamedTuple):
     """All rows of one step message.
 
-    `steered` is by row and layer, `hits` by row.
+    `layers` holds the rows of each layer; `steered` is by row and layer, `hits` by row.
     """
 
     positions: list[int]
     token_ids: list[int]
-    layers: list[LayerRows]
+    layers: list[list[Row]]
     steered: Mapping[tuple[int, int], list[SteeredFeature]] = NOTHING
     hits: Mapping[int, list[wire.RuleHit]] = NOTHING
 
     def part(self, start: int, stop: int) -> Rows:
         """Rows [start, stop) for themselves: to keep them keeps no others."""
-        layers = [
-            LayerRows(
-                one.layer,
-                one.index[start:stop],
-                one.activation[start:stop],
-                one.score[start:stop],
-                one.l0[start:stop],
-                one.sink[start:stop],
-            )
-            for one in self.layers
-        ]
+        layers = [one[start:stop] for one in self.layers]
         steered = hits = NOTHING
         if self.steered:
             steered = {
@@ -75,8 +68,8 @@ class Rows(NamedTuple):
         """What they take in memory, estimated generously."""
         size = ROWS_OVERHEAD_BYTES + 500 * (len(self.steered) + len(self.hits))
         for one in self.layers:
-            top_k = len(one.index[0]) if one.index else 0
-            size += ROWS_OVERHEAD_BYTES + len(one.index) * (300 + 120 * top_k)
+            if one:
+                size += len(one) * (ROW_BYTES + FEATURE_BYTES * len(one[0].index))
         return size
 
 
@@ -122,19 +115,19 @@ def _steered(
     return found
 
 
-def unpack_layer(message: wire.LayerFeatures, rows: int) -> LayerRows:
+def unpack_layer(message: wire.LayerFeatures, rows: int) -> list[Row]:
     """One layer of `rows` rows. Raises ValueError when an array has another size."""
     if message.top_k < 0:  # which numpy would take for: as many as there are
         raise ValueError(f"top_k is {message.top_k}")
     shape = (rows, message.top_k)
-    return LayerRows(
-        message.layer,
+    columns = (
         wire.int32(message.index).reshape(shape).tolist(),
         _shortest(wire.float32(message.activation).reshape(shape)),
         _shortest(wire.float32(message.score).reshape(shape)),
         wire.int32(message.l0).reshape(rows).tolist(),
         np.frombuffer(message.sink, np.uint8).reshape(rows).tolist(),
     )
+    return list(map(Row, repeat(message.layer), *columns))
 
 
 def _shortest(values: NDArray[np.float32]) -> list[list[float]]:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 from neuroscope_vllm.core.labels import LabelSet
+
+NONE: Mapping[int, str] = MappingProxyType({})
 
 
 class Shown:
@@ -22,10 +27,10 @@ class Shown:
             for layer, of in shown.items()
         }
 
-    def label_of(self, layer: int, index: int) -> str | None:
-        texts = self._texts.get(layer)
-        return None if texts is None else texts.get(index)
+    def labels(self, layer: int) -> Mapping[int, str]:
+        """The label of each feature of a layer that has one."""
+        return self._texts.get(layer, NONE)
 
     def unreliable(self, layer: int) -> frozenset[int]:
-        """Features of a layer whose label, the one that `label_of` gives, is unreliable."""
+        """Features of a layer whose label, as `labels` has it, is unreliable."""
         return self._unreliable.get(layer, frozenset())

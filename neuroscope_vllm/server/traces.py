@@ -23,7 +23,7 @@ class Event(msgspec.Struct, gc=False, eq=False):
     """One encoded event. `frame` is its SSE form; the JSON lies in [body:-2] of it.
 
     Hundreds of thousands are kept, so the garbage collector is told not to walk them (100 ms a
-    pass); what they refer to is released by `drop_oldest`.
+    pass); what they refer to is released by `drop_oldest` and `drop_all`.
     """
 
     seq: int
@@ -32,6 +32,10 @@ class Event(msgspec.Struct, gc=False, eq=False):
     frame: bytes
     body: int
     trace: Trace | None
+    size: int
+    """Bytes that it takes in memory."""
+    is_secret: bool
+    """It is of a request with a stream secret."""
     at: int = -1
     """Index in the trace."""
 
@@ -42,7 +46,10 @@ class Event(msgspec.Struct, gc=False, eq=False):
         head = b"event: %b\ndata: " % name.encode()
         if id_ is not None:
             head = b"id: %b\n%b" % (id_, head)
-        return Event(seq, name, layer, b"%b%b\n\n" % (head, json), len(head), trace)
+        frame = b"%b%b\n\n" % (head, json)
+        secret = trace is not None and trace.secret is not None
+        size = len(frame) + EVENT_OVERHEAD_BYTES
+        return Event(seq, name, layer, frame, len(head), trace, size, secret)
 
     @property
     def json(self) -> bytes:
@@ -53,14 +60,6 @@ class Event(msgspec.Struct, gc=False, eq=False):
         """`<epoch>-<seq>`; None for events that only one reader got."""
         frame = self.frame
         return frame[4 : frame.index(b"\n")] if frame.startswith(b"id: ") else None
-
-    @property
-    def is_secret(self) -> bool:
-        return self.trace is not None and self.trace.secret is not None
-
-    @property
-    def size(self) -> int:
-        return len(self.frame) + EVENT_OVERHEAD_BYTES
 
 
 class Log:
@@ -88,6 +87,11 @@ class Log:
         self.first += 1
         self.bytes -= event.size
         self.secret_events -= event.is_secret
+
+    def drop_all(self) -> None:
+        self._events.clear()
+        self.first = self.end
+        self.bytes = self.secret_events = 0
 
     def read(self, cursor: int, limit: int, max_bytes: int = UNBOUNDED) -> list[Event]:
         """Up to `limit` events from `cursor` on, which must not lie before `first`; none after
@@ -211,5 +215,4 @@ class TraceStore:
             if not self._by_alias[name]:
                 del self._by_alias[name]
         self.bytes -= trace.bytes
-        while trace.first < trace.end:
-            trace.drop_oldest()
+        trace.drop_all()

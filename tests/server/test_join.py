@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from neuroscope_vllm.server import join as join_module
 from neuroscope_vllm.server.join import Budget, Done, Gap, Item, Join, Placed
 from neuroscope_vllm.server.prefix import BLOCK, PrefixCache
-from neuroscope_vllm.server.rows import LayerRows, Rows
+from neuroscope_vllm.server.rows import Row, Rows
 
 Step = tuple[int, list[int]]
 """First position and input tokens of a span."""
@@ -25,8 +25,7 @@ def fingerprint(context: list[int]) -> int:
 
 
 def make_rows(first: int, tokens: list[int], prints: list[int]) -> Rows:
-    values = [[float(p % 1000)] for p in prints]
-    layer = LayerRows(20, [[p] for p in prints], values, values, prints, [0] * len(prints))
+    layer = [Row(20, [p], [float(p % 1000)], [float(p % 1000)], p, 0) for p in prints]
     return Rows(list(range(first, first + len(tokens))), tokens, [layer])
 
 
@@ -123,8 +122,8 @@ def check(engine: Engine, out: list[Item], lost: bool) -> None:
     gaps = {at for gap in out if isinstance(gap, Gap) for at in range(gap.start, gap.stop)}
     for p in placed:
         if p.rows is not None:
-            assert p.rows.layers[0].l0[p.row] == fingerprint(engine.ids[: p.position + 1])
-            assert p.rows.layers[0].index[p.row] == [fingerprint(engine.ids[: p.position + 1])]
+            assert p.rows.layers[0][p.row].l0 == fingerprint(engine.ids[: p.position + 1])
+            assert p.rows.layers[0][p.row].index == [fingerprint(engine.ids[: p.position + 1])]
             assert p.position not in gaps
         elif not p.cached:
             assert p.position in gaps or p.position == len(engine.ids) - 1

@@ -203,6 +203,6 @@ def _with_labels(hub: Hub, found: Card) -> dict[str, Any]:
 def _named(hub: Hub, layer: int, neighbour: Neighbour) -> Neighbour:
     return msgspec.structs.replace(
         neighbour,
-        label=hub.shown.label_of(layer, neighbour.index),
+        label=hub.shown.labels(layer).get(neighbour.index),
         unreliable=neighbour.index in hub.shown.unreliable(layer),
     )
