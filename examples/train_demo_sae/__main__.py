@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from corpus import SHIPPABLE_ROWS
+
 from neuroscope_vllm.engine.hf.gguf import convert_gguf, find_demo_gguf
 
 HERE = Path(__file__).parent
@@ -17,34 +19,44 @@ WIDTHS = {20: 8192, 10: 2048, 28: 2048}
 """Features by layer. Those beside 20 are there to follow a token through layers, and small: all of
 the demo's files together take less than 40 MB."""
 # vLLM's cache is of a fixed size so that it does not depend on the free memory; and it samples as
-# it is, without our plugin.
-ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_PLUGINS": ""}
+# it is, without our plugin. What our commands make of an SAE lies in the folder, not in the user's.
+ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_PLUGINS": "", "NEUROSCOPE_DATA": "data"}
 
 
 def start(script: str, **options: object) -> subprocess.Popen:
     """Run one of the scripts beside this file in a process of its own."""
-    words = [f"--{name}={value}" for name, value in options.items()]
-    return subprocess.Popen([sys.executable, HERE / script, *words], env=os.environ | ENVIRONMENT)
+    return _run(HERE / script, *(f"--{name}={value}" for name, value in options.items()))
+
+
+def neuroscope(*words: str) -> subprocess.Popen:
+    """Run one of our commands."""
+    return _run("-m", "neuroscope_vllm.cli", *words)
+
+
+def _run(*words: str | Path) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, *words], env=os.environ | ENVIRONMENT)
 
 
 def wait(*processes: subprocess.Popen) -> None:
     for process in processes:
         if process.wait():
-            sys.exit(f"{process.args[1]} failed with exit status {process.returncode}")
+            failed = " ".join(map(str, process.args[1:]))
+            sys.exit(f"{failed}: failed with exit status {process.returncode}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, required=True)
-    work: Path = parser.parse_args().work.resolve()
+    work: Path = parser.parse_args().work
     work.mkdir(parents=True, exist_ok=True)
-    model, tokens, chats, acts = (work / name for name in ("model", "tokens", "chats", "acts"))
+    os.chdir(work)  # what is made says where it is from, and no path of this machine belongs there
+    model, tokens, chats, acts = map(Path, ("model", "tokens", "chats", "acts"))
 
-    convert_gguf(find_demo_gguf(work), model)
+    convert_gguf(find_demo_gguf(Path()), model)
     wait(start("sample.py", model=model, out=chats))
     if not tokens.exists():
-        part = work / "tokens.part"
-        wait(start("corpus.py", model=model, cache=work / "packages", chats=chats, out=part))
+        part = Path("tokens.part")
+        wait(start("corpus.py", model=model, cache="packages", chats=chats, out=part))
         part.rename(tokens)
     wait(
         *(
@@ -54,16 +66,30 @@ def main() -> None:
     )
     given = {"model": model, "tokens": tokens, "acts": acts}
     for layer, width in WIDTHS.items():
-        sae = work / f"layer_{layer}"
+        sae = Path(f"layer_{layer}")
         if not sae.exists():
-            checkpoints = work / f"checkpoints_{layer}"
+            checkpoints = f"checkpoints_{layer}"
             options = {"out": sae, "width": width, "checkpoints": checkpoints}
             wait(start("train.py", layer=layer, **options, **given))
         if not (sae / "metrics.json").exists():
             wait(start("evaluate.py", layer=layer, sae=sae, **given))
-        if not (sae / "calibration.safetensors").exists():
-            wait(start("describe.py", layer=layer, sae=sae, **given))
+    describe(model, tokens)
+    for layer in WIDTHS:
+        sae = f"layer_{layer}"
         wait(start("card.py", sae=sae, layer=layer, tokens=tokens))
+        wait(start("ship.py", sae=sae, out=f"shipped/{sae}"))
+
+
+def describe(model: Path, tokens: Path) -> None:
+    """What everybody does with an SAE: calibrate it, collect examples, label it."""
+    saes = [f"layer_{layer}" for layer in WIDTHS]
+    corpus = [f"--corpus={tokens}/shippable.parquet", f"--samples={SHIPPABLE_ROWS}"]
+    observed = [str(model), "--backend=transformers", *(f"--sae={sae}" for sae in saes), *corpus]
+    for command, made in (("calibrate", "calibration.safetensors"), ("collect", "examples")):
+        if len(list(Path("data").glob(f"saes/*/{made}"))) < len(saes):
+            wait(neuroscope(command, *observed))
+    for sae in saes:
+        wait(neuroscope("label", f"--sae={sae}", "--labeller=tokens", f"--model={model}"))
 
 
 if __name__ == "__main__":

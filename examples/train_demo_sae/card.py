@@ -5,12 +5,19 @@ Usage: `python card.py --sae FOLDER --layer 20 --tokens FOLDER`
 
 import argparse
 import datetime
+import html
 import json
+import random
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from corpus import CHATS, DOCUMENTS, HELD_OUT, NAMES, SAMPLED, SEQ_LEN, SOURCES, load
+
+from neuroscope_vllm.core.examples import Example, ExampleStore, find_examples
+from neuroscope_vllm.core.examples.records import TOP
+from neuroscope_vllm.core.labels import stored_labels
 
 CARD = """\
 # SAE of SmolLM2-135M-Instruct, layer {layer}, {d_sae:,} features
@@ -69,11 +76,24 @@ rewrite it, and the text as the answer. No text is shipped.
 | text | package | licence | tokens |
 |---|---|---|---|
 {source_rows}
+
+Calibration and examples are of {described_tokens:,} of these tokens: chats of the model itself, and
+texts in the public domain or under CC BY-SA 3.0 (English Wikipedia, whose authors its articles name).
+
+## Twenty features
+
+Drawn at random (seed {seed}), as they are: labels, and the two strongest examples with «the token».
+
+| feature | fires on | label | examples |
+|---|---|---|---|
+{feature_rows}
 """
+FEATURES = 20
 
 
 def card(sae: Path, layer: int, tokens: Path) -> str:
     config, result = (json.loads((sae / name).read_text()) for name in ("cfg.json", "metrics.json"))
+    described = ExampleStore(find_examples(str(sae)))
     about, features, held_out = config["metadata"], result["features"], result["held_out"]
     source = torch.cat([load(tokens, part)["source"] for part in (DOCUMENTS, CHATS)])
     titles = {name: one.title for name, one in (SOURCES | HELD_OUT).items()}
@@ -111,7 +131,29 @@ def card(sae: Path, layer: int, tokens: Path) -> str:
         median=about["sink_norm_median"],
         seq_len=SEQ_LEN,
         source_rows="\n".join(rows),
+        described_tokens=described.collection.tokens,
+        feature_rows="\n".join(_features(sae, described, config["d_sae"], about["seed"])),
     )
+
+
+def _features(sae: Path, store: ExampleStore, width: int, seed: int) -> Iterator[str]:
+    """Rows of features drawn at random."""
+    sets = list(stored_labels(str(sae)).values())
+    for index in sorted(random.Random(seed).sample(range(width), FEATURES)):
+        labels = [f"{label.text} ({one.labeller})" for one in sets if (label := one.get(index))]
+        top = [example for example in store.of(index) if example.kind == TOP][:2]
+        rate = store.features[index].firings / store.collection.tokens
+        cells = [str(index), f"{rate:.3%}", "<br>".join(labels), "<br>".join(map(_text, top))]
+        yield f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+
+
+def _text(example: Example) -> str:
+    """Around its token."""
+    token, at = example.tokens[example.at], example.at
+    text = f"{''.join(example.tokens[max(0, at - 10) : at])}«{token}»" + "".join(
+        example.tokens[at + 1 : at + 5]
+    )
+    return html.escape(" ".join(text.split()), quote=False)
 
 
 def _count(source: torch.Tensor, name: str) -> int:
@@ -124,7 +166,7 @@ def main() -> None:
     parser.add_argument("--layer", type=int, required=True)
     parser.add_argument("--tokens", type=Path, required=True)
     args = parser.parse_args()
-    (args.sae / "README.md").write_text(card(args.sae, args.layer, args.tokens))
+    (args.sae / "MODEL_CARD.md").write_text(card(args.sae, args.layer, args.tokens))
 
 
 if __name__ == "__main__":

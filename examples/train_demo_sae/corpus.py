@@ -3,7 +3,8 @@
 Usage: `python corpus.py --model FOLDER --cache FOLDER --chats FOLDER --out FOLDER`
 
 Writes `documents`, `chats` (of the model itself) and `held_out`, each a .safetensors of `tokens`
-[n_seq, SEQ_LEN] and the `source` of each row.
+[n_seq, SEQ_LEN] and the `source` of each row; and `shippable.parquet`, of `token_ids`, half chats
+and half documents of which pieces may ship, as `neuroscope calibrate` and `collect` read it.
 """
 
 import argparse
@@ -13,10 +14,12 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from safetensors.torch import load_file, save_file
 from sample import PROMPTS, questions, read
-from sources import HELD_OUT, SOURCES, Document, Source, fetch
+from sources import HELD_OUT, SHIPPABLE, SOURCES, Document, Source, fetch
 
 SEQ_LEN = 256
 SEED = 0
@@ -26,6 +29,7 @@ NAMES = [*SOURCES, *HELD_OUT, SAMPLED]
 DOCUMENTS, CHATS, HELD_OUT_PART = "documents", "chats", "held_out"
 HELD_OUT_TOPICS = 20  # of the topics of the model's chats, one in so many
 HELD_OUT_CHATS = 150  # rows
+SHIPPABLE_ROWS = 4_608
 
 ASK_ABOUT = ("Tell me about {}.", "What is {}?", "Explain {}.", "What do you know about {}?")
 ASK_CONTINUE = ("Continue this text: {}", "Please go on: {}", "What comes next? {}")
@@ -151,6 +155,17 @@ def save(rows: Rows, path: Path, bos: int) -> None:
     save_file({"tokens": tokens, "source": source}, path)
 
 
+def save_shippable(folder: Path) -> None:
+    """Of the parts that are there."""
+    documents, own = load(folder, DOCUMENTS), load(folder, CHATS)["tokens"]
+    wanted = torch.tensor([NAMES.index(name) for name in SHIPPABLE])
+    texts = documents["tokens"][torch.isin(documents["source"], wanted)]
+    rng = random.Random(SEED)
+    rows = [row for part in (texts, own) for row in rng.sample(part.tolist(), SHIPPABLE_ROWS // 2)]
+    rng.shuffle(rows)
+    pq.write_table(pa.table({"token_ids": rows}), folder / "shippable.parquet")
+
+
 def load(folder: Path, part: str) -> dict[str, torch.Tensor]:
     return load_file(folder / f"{part}.safetensors")
 
@@ -174,6 +189,7 @@ def main() -> None:
     }
     for part, make in parts.items():
         save(make(), args.out / f"{part}.safetensors", tokenizer.bos_token_id)
+    save_shippable(args.out)
 
 
 if __name__ == "__main__":

@@ -239,6 +239,8 @@ SOURCES = {
     ),
 }  # fmt: skip
 """What is trained on."""
+SHIPPABLE = ("wikipedia", "sotu", "sqlite", "jargon")
+"""Public domain, or to be attributed: pieces of these may ship, as examples of features."""
 
 HELD_OUT = {
     "moby-dick": Source(

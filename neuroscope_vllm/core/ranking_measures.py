@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -14,6 +15,9 @@ from neuroscope_vllm.core.sae.sae import SAE
 from neuroscope_vllm.core.token_labels import readable
 
 DRAWS = 1000
+# How `compose_label` says what tokens have in common.
+_KIND = re.compile(r"^(?:\w+-|-\w+): (?=“)")
+_NEIGHBOUR = re.compile("” (?:after|before|in|near) “")
 
 FOLDS = 4
 TEMPERATURES = (0.0, 0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 1.0)
@@ -129,15 +133,17 @@ class LabelFit:
 
 def parse_label(text: str) -> tuple[set[str], set[str]]:
     """The tokens, as `readable` and in lower case, that a label reads and writes; empty sets if it
-    is not of the `tokens` labeller."""
+    is not of the `tokens` labeller, or names numbers, of which tokens are digits."""
     reads, _, writes = text.partition("→ ") if text.startswith("→") else text.partition("” → ")
-    return _quoted(reads.removesuffix("”") + "”"), _quoted(writes)
+    reads = _KIND.sub("", reads.removesuffix("”"))
+    return _quoted(_NEIGHBOUR.split(reads)[0] + "”"), _quoted(writes)
 
 
 def _quoted(listed: str) -> set[str]:
     if not (listed.startswith("“") and listed.endswith("”")):
         return set()
-    return {word.casefold() for word in listed[1:-1].split("”, “") if word}
+    words = (word.strip("…") or word for word in listed[1:-1].split("”, “"))
+    return {word.casefold() for word in words if word}
 
 
 def information(shown: Shown, tokens: Tokens, target_id: Tensor) -> Tensor:

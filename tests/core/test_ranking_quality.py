@@ -35,7 +35,7 @@ from neuroscope_vllm.core.ranking_measures import (
 from neuroscope_vllm.core.ranking_quality import RANDOM, ablate, gather, shown_by, verdict
 from neuroscope_vllm.core.sae import load_sae
 from neuroscope_vllm.core.sae.sae import SAE
-from neuroscope_vllm.core.token_labels import compose_label
+from neuroscope_vllm.core.token_labels import compose_label, read
 from neuroscope_vllm.engine.hf.ablation import Ablator
 from tests.support.models import TRAINING_TEXT, write_calibration
 
@@ -68,9 +68,24 @@ def shown(*features: list[int]) -> Shown:
     [(["Paris", " Rome"], ["of", ","]), (["”", "“", ", "], []), ([], ["→"]), (["\n"], ["a"])],
 )
 def test_a_label_is_read_as_it_was_written(reads: list[str], writes: list[str]) -> None:
-    text = compose_label([(word, 1.0) for word in reads], writes)
+    seen = [read([" to ", word, " be"], 1, 1.0) for word in reads]
+    text = compose_label([one for one in seen if one], writes)
     trimmed = [{w.replace("\n", "⏎").strip().casefold() for w in side} for side in (reads, writes)]
     assert parse_label(text) == tuple(trimmed)
+
+
+@pytest.mark.parametrize(
+    ("text", "reads"),
+    [
+        ("“in” before “order” → “order”", {"in"}),
+        ("caus-: “caused”, “causing”", {"caused", "causing"}),
+        ("“…circ…” in “encircle”", {"circ"}),
+        ("“…”, “....”", {"…", "...."}),
+        ("years: “1789”", set()),
+    ],
+)
+def test_what_tokens_have_in_common_is_no_token(text: str, reads: set[str]) -> None:
+    assert parse_label(text)[0] == reads
 
 
 @pytest.mark.parametrize("text", ["references to dogs", "the word “the”", "a → b", "→", "“"])

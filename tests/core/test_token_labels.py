@@ -1,4 +1,4 @@
-"""Top examples against a plain sort, and labels by eye."""
+"""Labels by eye."""
 
 from __future__ import annotations
 
@@ -6,44 +6,13 @@ import pytest
 import torch
 
 from neuroscope_vllm.core.token_labels import (
-    Example,
-    TopExamples,
+    Reading,
+    Usual,
     compose_label,
     promoted_tokens,
+    read,
     readable,
 )
-
-WIDTH, M = 12, 4
-
-
-@pytest.mark.parametrize("batches", [[200], [50] * 4, [1] * 30, [3, 0, 90, 1]])
-def test_the_strongest_examples_of_a_stream_are_kept(batches: list[int]) -> None:
-    n = sum(batches)
-    draw = torch.Generator().manual_seed(n)
-    activations = torch.rand(n, WIDTH, generator=draw) * (
-        torch.rand(n, WIDTH, generator=draw) < 0.3
-    )
-    activations[:, 0] = 0
-    activations[n // 2 :, 1] = 0.5  # ties
-    token_ids = torch.randint(0, 99, (n,), generator=draw)
-    top = TopExamples(WIDTH, M)
-    positions = torch.arange(n)
-    for part in positions.split(batches):
-        top.update(activations[part], token_ids[part], part + 1000)
-    for feature in range(WIDTH):
-        column = activations[:, feature]
-        order = column.sort(descending=True, stable=True).indices[:M].tolist()
-        assert top.of(feature) == [
-            Example(float(column[row]), int(token_ids[row]), row + 1000)
-            for row in order
-            if column[row] > 0
-        ]
-
-
-def test_bf16_activations_are_kept_as_they_are() -> None:
-    top = TopExamples(2, 1)
-    top.update(torch.tensor([[0.0, 2.5]]).bfloat16(), torch.tensor([7]), torch.tensor([3]))
-    assert (top.of(0), top.of(1)) == ([], [Example(2.5, 7, 3)])
 
 
 def test_promoted_tokens_stand_out_or_there_are_none() -> None:
@@ -57,29 +26,56 @@ def test_promoted_tokens_stand_out_or_there_are_none() -> None:
     assert promoted_tokens(aimed[None], unembedding.bfloat16()) == [[11, 22]]
 
 
+def seen(*texts: str) -> list[Reading]:
+    """Texts whose token stands between bars, of falling strength."""
+    found = []
+    for strength, text in enumerate(reversed(texts), start=10):
+        before, token, after = text.split("|")
+        if reading := read([before, token, after], 1, float(strength)):
+            found.append(reading)
+    return found[::-1]
+
+
 @pytest.mark.parametrize(
-    ("top", "promoted", "label"),
+    ("texts", "promoted", "label"),
     [
         (
-            [(" Paris", 9.0), (" Rome", 8.0), (" city", 7.0), (" town", 6.0)],
+            ["to| Paris| is", "in| Rome|.", "the| city|", "a| town| of"],
             [" of", ",", " and"],
             "“Paris”, “Rome”, “city” → “of”, “,”",
         ),
-        ([("dog", 5.0), (" Dog", 4.0), (" cat", 6.0)], [], "“dog”, “cat”"),
-        ([("\n", 5.0), (" a\nb", 4.0), (" ", 1.0)], [], "“⏎”, “a⏎b”, “␣”"),
-        (
-            [("a", 3.0), ("b", 2.0), ("b", 2.0)],
-            [" X", "x", "\ufffd", "<unused7>"],
-            "“b”, “a” → “X”",
-        ),
-        ([("\ufffd", 9.0), ("<|im_end|>", 8.0), ("\x00", 7.0)], ["ok"], "→ “ok”"),
+        (["a |dog|", "|Dog|!", "two| cat|s", "|mouse|"], [], "“dog”, “cat…”, “mouse”"),
+        (["x.|\n|", "y|\n|z", "c| |d", "|\t|"], [], "“⏎”, “␣”, “⇥”"),
+        (["|b|", "|B|.", "|b| b", "|a|"], [" X", "x", "\ufffd", "<unused7>"], "“b” → “X”"),
+        (["|\ufffd|", "|<pad>|", "|\x00|"], ["ok"], "→ “ok”"),
         ([], [], ""),
+        # What they have in common.
+        (["in| order| to", "In| order|.", "in| order| that"], [], "“order” after “in”"),
+        (["keep| in| order", "|in| order"], [" order"], "“in” before “order” → “order”"),
+        (["the| United| States", "The| same| one"], [], "“United”, “same” after “the”"),
+        (["can| go| on", "must| stay|", "can| be|."], [], "“go”, “stay”, “be” after “can”, “must”"),
+        (["had| caused| it", "is| causing|"], [], "caus-: “caused”, “causing”"),
+        (["is| running|", "was| going|", "by| making|"], [], "-ing: “running”, “going”, “making”"),
+        (["of 1|7|89", "in 18|6|5", "since 19|5|0"], [], "years: “1789”, “1865”, “1950”"),
+        (["of |1|", "in 1|2| b", "x |33| c"], [], "numbers: “1”, “12”, “33”"),
+        (["to en|circ|le", "an en|circ|le", "En|circ|le"], [], "“…circ…” in “encircle”"),
+        # Neither of words that stand for a special token, nor from across one.
+        (["in<bos>|Paris|", "in<bos>|Paris|"], [], "“Paris”"),
     ],
-)
-def test_a_label_shows_readable_tokens_once(
-    top: list[tuple[str, float]], promoted: list[str], label: str
+)  # fmt: skip
+def test_a_label_says_what_tokens_have_in_common(
+    texts: list[str], promoted: list[str], label: str
 ) -> None:
-    assert compose_label(top, promoted) == label
+    assert compose_label(seen(*texts), promoted) == label
+
+
+def test_a_label_says_what_other_texts_have_not() -> None:
+    other = [["These", " words", " are", " usual", "."]] * 5 + [["rare"]]
+    top = seen("usual frogs |means|", "of frogs |of| usual", "|the| frogs and toads usual")
+    usual = Usual.of(other)
+    label = compose_label(top, ["rare", " words", " are"], usual)
+    assert label == "“means”, “of”, “the” near “frogs” → “words”, “are”"
+    assert compose_label(top) == "“means”, “of”, “the”"
 
 
 @pytest.mark.parametrize(
