@@ -78,7 +78,7 @@ rewrite it, and the text as the answer. No text is shipped.
 {source_rows}
 
 Calibration and examples are of {described_tokens:,} of these tokens: chats of the model itself, and
-texts in the public domain or under CC BY-SA 3.0 (English Wikipedia, whose authors its articles name).
+texts in the public domain or under CC BY-SA 3.0 (Wikipedia, by the authors of its articles).
 
 ## Twenty features
 

@@ -8,11 +8,14 @@ from pathlib import Path
 from neuroscope_vllm.cli.doctor_check import Asked, Check, Section, cut
 from neuroscope_vllm.core.config import CONFIG_FILE_VARIABLE, ENV_PREFIX, Settings, settings_dict
 from neuroscope_vllm.core.errors import NeuroscopeError
+from neuroscope_vllm.core.guide import load_guide
+
+CHECKS = ("settings", "hub_keys", "steering", "guide", "label_files", "record")
 
 
 def settings_checks(asked: Asked, refused: str | None) -> list[Check]:
     """`refused`: why the settings could not be resolved; None: they were."""
-    section = Section("configuration", "settings", "hub_keys", "steering", "label_files", "record")
+    section = Section("configuration", *CHECKS)
     if asked.settings is None:
         section.fail(
             "settings",
@@ -29,6 +32,7 @@ def settings_checks(asked: Asked, refused: str | None) -> list[Check]:
         section.skip("settings", "no SAE is given, so vLLM would run as if we were not there")
     _hub_keys(section, settings)
     _steering(section, settings)
+    _guide(section, settings)
     _label_files(section, settings)
     _record(section, settings)
     return section.done()
@@ -74,6 +78,18 @@ def _steering(section: Section, settings: Settings) -> None:
         }
         held = ", ".join(f"{len(values)} {name}" for name, values in counts.items())
         section.ok("steering", f"{settings.steering}: {held}")
+
+
+def _guide(section: Section, settings: Settings) -> None:
+    if settings.guide is None:
+        section.skip("guide", "no guide is set")
+        return
+    try:
+        suggestions = load_guide(settings)
+    except NeuroscopeError as error:
+        section.fail("guide", *cut(error, "Correct the file, or leave guide out."))
+    else:
+        section.ok("guide", f"{settings.guide}: {len(suggestions)} suggestions")
 
 
 def _label_files(section: Section, settings: Settings) -> None:

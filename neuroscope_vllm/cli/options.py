@@ -38,6 +38,7 @@ _FLAGS = [
         " first, as the Neuroscope that this one follows does (rms; wrong for Gemma Scope).",
     ),
     click.option("--steering", help="File with presets, directions, rules and limits of steering."),
+    click.option("--guide", help="File with messages that the page suggests."),
     click.option("--features-host", help="Address of the feature stream (127.0.0.1)."),
     click.option("--features-port", type=int, help="Port of the feature stream (8081)."),
     click.option("--admin-keys-file", help="File of keys that read everything, one a line."),

@@ -86,6 +86,8 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     """Key file of a tcp:// hub, on each host; `neuroscope keys` makes one."""
     steering: str | None = None
     """File with an operator's presets, directions, rules and limits of steering."""
+    guide: str | None = None
+    """File with messages that the page suggests."""
     trace_requests: int = 512
     """Finished requests kept for replay."""
     memory_mb: int = 256

@@ -27,6 +27,7 @@ import msgspec
 from neuroscope_vllm.core.access import SECRET_VARIABLES, KeyDigests
 from neuroscope_vllm.core.config import RUNTIME_VARIABLE, Settings
 from neuroscope_vllm.core.errors import ConfigError
+from neuroscope_vllm.core.guide import load_guide
 from neuroscope_vllm.core.labels import load_labels, stored_labels
 from neuroscope_vllm.core.recording.folder import prepare
 
@@ -142,11 +143,12 @@ def files_wanted(settings: Settings) -> int:
 
 
 def check_side(settings: Settings, keys: KeyDigests) -> None:
-    """Raise ConfigError if a side process could not serve, record or export as it is to.
+    """Raise ConfigError if a side process could not serve, guide, record or export as it is to.
 
     Makes the folder of a recording.
     """
     check_bind(settings, keys)
+    load_guide(settings)
     if settings.record is not None:
         prepare(settings.record)
     if settings.otel:

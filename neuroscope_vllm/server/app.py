@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Protocol
 from fastapi import FastAPI
 from tokenizers import Tokenizer
 
+from neuroscope_vllm.core.config import Settings
 from neuroscope_vllm.core.errors import ConfigError, NeuroscopeError
+from neuroscope_vllm.core.guide import Suggestion, load_guide
 from neuroscope_vllm.core.labels import LabelSet, load_labels
 from neuroscope_vllm.core.launch import SideConfig
 from neuroscope_vllm.server import errors, guard
@@ -53,7 +55,7 @@ def create_app(config: SideConfig, feed: Callable[[Hub], Feed] | None = None) ->
     """`app.state`: hub; access, who may read it; refusals, counted; metrics, the registry of what
     the hub counts; listening, whether engines can connect; failure, why they never will; upstream,
     the client for vLLM or None; passed, exports, the room for chats by way of us and for exports;
-    replay, whether `feed` tells what was recorded.
+    replay, whether `feed` tells what was recorded; guide, what the page suggests.
 
     `feed` makes what feeds the hub; None: the engines that connect to `config.endpoint`.
     """
@@ -71,6 +73,7 @@ def create_app(config: SideConfig, feed: Callable[[Hub], Feed] | None = None) ->
     app.state.refusals = guard.Refusals(hub.counters)
     app.state.listening = False
     app.state.failure = None
+    app.state.guide = []
     app.state.upstream = proxy.client(config.upstream) if config.upstream else None
     app.state.passed = proxy.Passed(hub.counters)
     app.state.cards = CardReader(hub.counters)
@@ -104,6 +107,7 @@ async def _open(app: FastAPI) -> None:
     try:
         hub.tokenizer, labels = await asyncio.to_thread(_read_files, config)
         hub.set_labels(labels)
+        app.state.guide = _read_guide(config.settings)
         recorder, export = _recorder(hub, config), _export(hub, config)
         feed: Feed = app.state.feed(hub)
         feed.start()
@@ -146,6 +150,15 @@ def _export(hub: Hub, config: SideConfig) -> Export | None:
 def _read_files(config: SideConfig) -> tuple[Tokenizer | None, dict[int, list[LabelSet]]]:
     tokenizer = Tokenizer.from_file(config.tokenizer_file) if config.tokenizer_file else None
     return tokenizer, {layer: _read_labels(paths) for layer, paths in config.labels.items()}
+
+
+def _read_guide(settings: Settings) -> list[Suggestion]:
+    """As `_read_labels`."""
+    try:
+        return load_guide(settings)
+    except ConfigError as error:
+        logger.warning("neuroscope: %s", error)
+        return []
 
 
 def _read_labels(paths: list[str]) -> list[LabelSet]:

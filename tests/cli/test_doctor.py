@@ -108,6 +108,7 @@ def test_files_that_settings_name(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     found = doctor(
         *("--hub", f"tcp://127.0.0.1:{free_port()}", "--hub-keys", str(keys)),
+        *("--guide", str(steering)),
         *("--steering", str(steering), "--record", str(tmp_path / "file" / "folder")),
         *("--labels", str(tmp_path / "none.jsonl"), "--features-host", "0.0.0.0"),
     )
@@ -116,7 +117,7 @@ def test_files_that_settings_name(tmp_path: Path) -> None:
         True,
         f"Run chmod 600 {keys}.",
     )
-    for name in ("steering", "label_files", "record"):
+    for name in ("steering", "guide", "label_files", "record"):
         assert found.verdict("configuration", name) == "failure"
     assert found.verdict("ports", "bind") == "failure"
     assert not (tmp_path / "file" / "folder").exists()

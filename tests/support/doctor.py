@@ -14,7 +14,7 @@ NAMES = {
     "versions": "python cookies neuroscope dependencies vllm vllm_metadata transformers torch"
     " torch_companions compiler accelerator open_files shared_memory",
     "plugin": "entry_point allowed vllm_import architectures",
-    "configuration": "settings hub_keys steering label_files record",
+    "configuration": "settings hub_keys steering guide label_files record",
     "model": "model architecture sae fit sae_model calibration",
     "coverage": "labels calibration_tokens sink_norm digest",
     "ports": "features_port chat_port bind",

@@ -92,6 +92,7 @@ async def describe(request: Request) -> dict[str, Any]:
         "labellers": [_coverage(layer, one, sites) for layer, one in _label_sets(hub)],
         "recording": _recording(settings),
         "replay": request.app.state.replay,
+        "guide": msgspec.to_builtins(request.app.state.guide),
         "access": _access(request),
         "limits": {
             "trace_requests": settings.trace_requests,

@@ -4,7 +4,7 @@ import { get } from "./api.js";
 import { view } from "./state.js";
 
 export const about = { model: "", sites: [], special: new Set(), tests: [], warnings: [], problems: [],
-  recording: null, armed: false, access: { keys: false, lists: true, session: false } };
+  recording: null, guide: [], armed: false, access: { keys: false, lists: true, session: false } };
 const EVERY_MS = 15_000, SOON_MS = 2_000;
 
 export const layers = () => about.sites.map((site) => site.layer);
@@ -30,6 +30,7 @@ export async function watchServer(told, failed) {
         about.warnings = said.warnings;
         about.problems = said.problems;
         about.recording = said.recording;
+        about.guide = said.guide;
         about.armed = said.armed;
         about.access = said.access;
         told();

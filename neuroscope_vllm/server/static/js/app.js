@@ -7,6 +7,7 @@ import { catchUp, listenToChat, restore } from "./chat.js";
 import { $, make, speak, status, tell } from "./dom.js";
 import { ranked } from "./filters.js";
 import { focus, look, onFocus, pinned, pinToken } from "./focus.js";
+import { paintGuide } from "./guide.js";
 import { keepStop, onPageKey, onTokenKey, setStop } from "./keys.js";
 import { schedule, seldom } from "./paint.js";
 import { textOf } from "./rows.js";
@@ -178,6 +179,7 @@ function start() {
   let known = "";
   watchServer(() => {
     schedule(paintTrust);
+    schedule(paintGuide);
     schedule(paintBar);
     paintSign(about.access.session);
     offerAll(about.access.lists);

@@ -66,7 +66,7 @@ export function ask(variants, titles = []) {
 }
 
 // A message goes on from both answers where two stand side by side.
-function send(text) {
+export function send(text) {
   const records = goesOn();
   if (!records.length) return ask([{ messages: [...firstMessages(), user(text)] }]);
   return ask(records.map((record) => ({ ...varied(record),

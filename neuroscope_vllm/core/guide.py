@@ -1,0 +1,53 @@
+"""The guide: messages that the page suggests to who has not asked anything yet. Torch-free.
+
+    suggestions:
+      - title: A capital city
+        prompt: What is the capital of France?
+        look_for: Features of countries and cities, before the answer names one.
+      - title: In good spirits
+        prompt: How was your day?
+        preset: cheerful
+
+One with a preset, of the operator's steering file, is answered twice: with and without.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+
+from neuroscope_vllm.core.config import Settings, read_yaml
+from neuroscope_vllm.core.errors import ConfigError
+
+KEY = "suggestions"
+
+
+class Suggestion(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A message, and what there is to see in its answer."""
+
+    title: str
+    prompt: str
+    look_for: str = ""
+    preset: str | None = None
+
+
+def load_guide(settings: Settings) -> list[Suggestion]:
+    """Those of `settings.guide`; none without one. Raises ConfigError, one sentence."""
+    if settings.guide is None:
+        return []
+    path = Path(settings.guide)
+    read = read_yaml(path, (KEY,), "guide")
+    try:
+        found = msgspec.convert(read.get(KEY, []), list[Suggestion])
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"guide {path}: {error}.") from None
+    for one in found:
+        if not one.title.strip() or not one.prompt.strip():
+            raise ConfigError(f"guide {path}: a suggestion has no title or prompt; give both.")
+        if one.preset is not None and settings.steering is None:
+            raise ConfigError(
+                f"guide {path}: {one.title!r} names preset {one.preset!r}, but there is no steering"
+                " file that could have it; give one (--steering)."
+            )
+    return found
