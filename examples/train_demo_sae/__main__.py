@@ -11,11 +11,12 @@ from pathlib import Path
 
 from corpus import SHIPPABLE_ROWS
 
+from neuroscope_vllm.cli.demo import NAME
 from neuroscope_vllm.engine.hf.gguf import convert_gguf, find_demo_gguf
 
 HERE = Path(__file__).parent
 WORKERS = os.cpu_count() or 1
-WIDTHS = {20: 8192, 10: 2048, 28: 2048}
+WIDTHS = {20: 8192, 10: 1536, 28: 1536}
 """Features by layer. Those beside 20 are there to follow a token through layers, and small: all of
 the demo's files together take less than 40 MB."""
 # vLLM's cache is of a fixed size so that it does not depend on the free memory; and it samples as
@@ -50,7 +51,7 @@ def main() -> None:
     work: Path = parser.parse_args().work
     work.mkdir(parents=True, exist_ok=True)
     os.chdir(work)  # what is made says where it is from, and no path of this machine belongs there
-    model, tokens, chats, acts = map(Path, ("model", "tokens", "chats", "acts"))
+    model, tokens, chats, acts = map(Path, (NAME, "tokens", "chats", "acts"))
 
     convert_gguf(find_demo_gguf(Path()), model)
     wait(start("sample.py", model=model, out=chats))

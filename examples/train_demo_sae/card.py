@@ -71,14 +71,15 @@ training, and their features mean nothing: mostly the first position of a sequen
 
 {training_tokens:,} tokens of rows of {seq_len} of these, in one pass. Half is plain text and half
 is in the model's chat form: a question made from the text's heading, or a request to continue or
-rewrite it, and the text as the answer. No text is shipped.
+rewrite it, and the text as the answer.
 
 | text | package | licence | tokens |
 |---|---|---|---|
 {source_rows}
 
-Calibration and examples are of {described_tokens:,} of these tokens: chats of the model itself, and
-texts in the public domain or under CC BY-SA 3.0 (Wikipedia, by the authors of its articles).
+Of the text only the examples of features ship. They and the calibration are of {described_tokens:,}
+of these tokens: chats of the model itself, and texts in the public domain or under CC BY-SA 3.0
+(Wikipedia, by the authors of its articles).
 
 ## Twenty features
 

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 SEED = 0
-CHATS = 4_608
+CHATS = 6_144
 PART = 128  # chats a file
 NEW_TOKENS = (224, 160)  # at most, of the first and the second answer
 TOP_K = 50  # not top_p: on a CPU its sort over the vocabulary takes half of a step

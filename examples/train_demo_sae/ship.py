@@ -16,7 +16,7 @@ from neuroscope_vllm.core.examples.records import SAMPLE, TOP
 from neuroscope_vllm.core.examples.store import SCHEMAS
 
 FILES = ("cfg.json", "sae_weights.safetensors", "MODEL_CARD.md")
-KEPT = {TOP: 4, SAMPLE: 4}
+KEPT = {TOP: 3, SAMPLE: 3}
 """Examples of a feature."""
 BEFORE, AFTER = 14, 5
 """Tokens around an example's own."""
