@@ -282,7 +282,7 @@ class FrameSink:
 
 def run(feed: Feed) -> dict[str, object]:
     """{"events" published of each slot, "events_per_second" reached once all slots ran,
-    "waited_share" of the time in which the receiver was too far behind}."""
+    "waited_share" of the time in which the receiver was too far behind with rows}."""
     sink: Sink = HubSink(feed) if feed.kind == "hub" else FrameSink(feed)
     vocabulary = Tokenizer.from_file(feed.tokenizer_file).encode(" ".join(TEXT)).ids
     cycle = feed.slots * (PROMPT_TOKENS + OUTPUT_TOKENS) / feed.events_per_second

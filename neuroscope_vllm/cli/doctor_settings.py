@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from neuroscope_vllm.cli.doctor_check import Asked, Check, Section, cut
 from neuroscope_vllm.core.config import CONFIG_FILE_VARIABLE, ENV_PREFIX, Settings, settings_dict
 from neuroscope_vllm.core.errors import NeuroscopeError
-from neuroscope_vllm.core.guide import load_guide
+from neuroscope_vllm.core.guide import check_presets, load_guide
+
+if TYPE_CHECKING:
+    from neuroscope_vllm.core.steering.catalogue import Operator
 
 CHECKS = ("settings", "hub_keys", "steering", "guide", "label_files", "record")
 
@@ -31,8 +35,8 @@ def settings_checks(asked: Asked, refused: str | None) -> list[Check]:
     else:
         section.skip("settings", "no SAE is given, so vLLM would run as if we were not there")
     _hub_keys(section, settings)
-    _steering(section, settings)
-    _guide(section, settings)
+    operator = _steering(section, settings)
+    _guide(section, settings, operator)
     _label_files(section, settings)
     _record(section, settings)
     return section.done()
@@ -56,10 +60,11 @@ def _hub_keys(section: Section, settings: Settings) -> None:
         section.ok("hub_keys", f"{settings.hub_keys}, for its owner alone")
 
 
-def _steering(section: Section, settings: Settings) -> None:
+def _steering(section: Section, settings: Settings) -> Operator | None:
+    """What the file holds, if it can be read."""
     if settings.steering is None:
         section.skip("steering", "no steering file is set")
-        return
+        return None
     try:
         from neuroscope_vllm.core.steering.catalogue import Operator  # imports torch
 
@@ -78,14 +83,18 @@ def _steering(section: Section, settings: Settings) -> None:
         }
         held = ", ".join(f"{len(values)} {name}" for name, values in counts.items())
         section.ok("steering", f"{settings.steering}: {held}")
+        return operator
+    return None
 
 
-def _guide(section: Section, settings: Settings) -> None:
+def _guide(section: Section, settings: Settings, operator: Operator | None) -> None:
     if settings.guide is None:
         section.skip("guide", "no guide is set")
         return
     try:
         suggestions = load_guide(settings)
+        if operator is not None:
+            check_presets(settings, operator.presets)
     except NeuroscopeError as error:
         section.fail("guide", *cut(error, "Correct the file, or leave guide out."))
     else:

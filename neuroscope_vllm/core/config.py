@@ -295,7 +295,7 @@ def read_yaml(
         content = yaml.safe_load(path.read_text())
     except OSError as error:
         raise ConfigError(f"{what} {path} can not be read: {error.strerror}.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # as of a date that there is not
         where = getattr(error, "problem_mark", None)
         line = f" (line {where.line + 1})" if where else ""
         raise ConfigError(f"{what} {path} is not valid YAML{line}.") from None

@@ -13,6 +13,7 @@ One with a preset, of the operator's steering file, is answered twice: with and 
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 import msgspec
@@ -39,7 +40,7 @@ def load_guide(settings: Settings) -> list[Suggestion]:
     path = Path(settings.guide)
     read = read_yaml(path, (KEY,), "guide")
     try:
-        found = msgspec.convert(read.get(KEY, []), list[Suggestion])
+        found = msgspec.convert(read.get(KEY) or [], list[Suggestion])
     except msgspec.ValidationError as error:
         raise ConfigError(f"guide {path}: {error}.") from None
     for one in found:
@@ -50,4 +51,14 @@ def load_guide(settings: Settings) -> list[Suggestion]:
                 f"guide {path}: {one.title!r} names preset {one.preset!r}, but there is no steering"
                 " file that could have it; give one (--steering)."
             )
-    return found
+    return [msgspec.structs.replace(one, prompt=one.prompt.strip()) for one in found]
+
+
+def check_presets(settings: Settings, presets: Collection[str]) -> None:
+    """Raise ConfigError if the guide names a preset that the steering file does not have."""
+    for one in load_guide(settings):
+        if one.preset is not None and one.preset not in presets:
+            raise ConfigError(
+                f"guide {settings.guide}: {one.title!r} names preset {one.preset!r}, which steering"
+                f" file {settings.steering} does not have; it has {', '.join(presets) or 'none'}."
+            )

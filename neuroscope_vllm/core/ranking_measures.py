@@ -16,7 +16,9 @@ from neuroscope_vllm.core.token_labels import readable
 
 DRAWS = 1000
 # How `compose_label` says what tokens have in common.
+_DIGITS = ("years: “", "numbers: “")
 _KIND = re.compile(r"^(?:\w+-|-\w+): (?=“)")
+_ELLIPSIS = re.compile(r"^…(?=\w)|(?<=\w)…$")
 _NEIGHBOUR = re.compile("” (?:after|before|in|near) “")
 
 FOLDS = 4
@@ -134,16 +136,17 @@ class LabelFit:
 def parse_label(text: str) -> tuple[set[str], set[str]]:
     """The tokens, as `readable` and in lower case, that a label reads and writes; empty sets if it
     is not of the `tokens` labeller, or names numbers, of which tokens are digits."""
+    if text.startswith(_DIGITS):
+        return set(), set()
     reads, _, writes = text.partition("→ ") if text.startswith("→") else text.partition("” → ")
-    reads = _KIND.sub("", reads.removesuffix("”"))
-    return _quoted(_NEIGHBOUR.split(reads)[0] + "”"), _quoted(writes)
+    reads = _NEIGHBOUR.split(_KIND.sub("", reads.removesuffix("”")))[0]
+    return {_ELLIPSIS.sub("", word) for word in _quoted(f"{reads}”")}, _quoted(writes)
 
 
 def _quoted(listed: str) -> set[str]:
     if not (listed.startswith("“") and listed.endswith("”")):
         return set()
-    words = (word.strip("…") or word for word in listed[1:-1].split("”, “"))
-    return {word.casefold() for word in words if word}
+    return {word.casefold() for word in listed[1:-1].split("”, “") if word}
 
 
 def information(shown: Shown, tokens: Tokens, target_id: Tensor) -> Tensor:

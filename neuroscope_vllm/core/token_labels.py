@@ -21,7 +21,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import accumulate
-from operator import attrgetter
+from operator import attrgetter, itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -55,7 +55,8 @@ SEEN = 3
 """Times that a token stands in other texts, for a label to say that it is promoted: of those that a
 tokenizer never needs, the unembedding is noise."""
 CANDIDATES = 40
-DIGITS = YEARS, NUMBERS = "years: ", "numbers: "
+YEARS, NUMBERS = "years", "numbers"
+_YEAR = re.compile(r"(1[5-9]|20)\d\d")
 _SPECIAL = re.compile(r"<unused\d+>|<\|.*\|>|<0x[0-9A-F]{2}>|</?s>|<(pad|bos|eos|unk|mask)>")
 _WITHIN = re.compile(r"<unused\d+>|<\|[^|>]*\|>|</?s>|<(?:pad|bos|eos|unk|mask)>")
 _WORDS, _BEGIN, _END = re.compile(r"\w+|[^\w\s]"), re.compile(r"\w*"), re.compile(r"\w*\Z")
@@ -69,14 +70,17 @@ class Reading(NamedTuple):
     """A token on which a feature fires, as a person reads it.
 
     Attributes:
-        token: As in a label, with an ellipsis where its word goes on.
+        token: Without white space around it.
+        begun, goes_on: Whether its word has letters before it, or after.
         word: The word that it is or belongs to.
         before, after: The words, or the marks, around that one; empty where there is none.
-        nearby: The other words of its text, in lower case.
+        nearby: The other words of its text.
         activation: The feature's.
     """
 
     token: str
+    begun: bool
+    goes_on: bool
     word: str
     before: str
     after: str
@@ -85,7 +89,10 @@ class Reading(NamedTuple):
 
 
 def read(tokens: Sequence[str], at: int, activation: float) -> Reading | None:
-    """The token `at` of a text given as the texts of its tokens; None: it is not readable."""
+    """The token `at` of a text given as the texts of its tokens; None: it is not readable.
+
+    Words are what spaces and marks part, which fits alphabets, and not scripts without spaces.
+    """
     token = readable(tokens[at])
     if not token:
         return None
@@ -96,7 +103,9 @@ def read(tokens: Sequence[str], at: int, activation: float) -> Reading | None:
     before = _WORDS.findall(left[: len(left) - len(begun)])
     after = _WORDS.findall(right[len(rest) :])
     return Reading(
-        token=f"{'…' if begun else ''}{token}{'…' if rest else ''}",
+        token=token,
+        begun=bool(begun),
+        goes_on=bool(rest),
         word=f"{begun}{token}{rest}",
         before=before[-1] if before else "",
         after=after[0] if after else "",
@@ -110,7 +119,7 @@ class Usual(NamedTuple):
 
     Attributes:
         words: The share of texts that have a word, in lower case.
-        tokens: Those that are seen SEEN times or more.
+        tokens: Those that are seen SEEN times or more, as `readable`.
     """
 
     words: Mapping[str, float]
@@ -119,8 +128,12 @@ class Usual(NamedTuple):
     @classmethod
     def of(cls, texts: Sequence[Sequence[str]]) -> Usual:
         """Texts are those of their tokens."""
-        having = Counter(word for text in texts for word in _words(_WORDS.findall("".join(text))))
-        tokens = Counter(token for text in texts for token in text)
+        having = Counter(
+            word
+            for text in texts
+            for word in {one.casefold() for one in _words(_WORDS.findall("".join(text)))}
+        )
+        tokens = Counter(readable(token) for text in texts for token in text)
         return cls(
             {word: count / len(texts) for word, count in having.items()},
             frozenset(token for token, count in tokens.items() if count >= SEEN),
@@ -128,7 +141,7 @@ class Usual(NamedTuple):
 
 
 def _words(found: Iterable[str]) -> frozenset[str]:
-    return frozenset(word.casefold() for word in found if len(word) > 2 and word.isalpha())
+    return frozenset(word for word in found if len(word) > 2 and word.isalpha())
 
 
 def promoted_tokens(directions: Tensor, unembedding: Tensor, k: int = 10) -> list[list[int]]:
@@ -169,7 +182,7 @@ def compose_label(
     reads = _reads(top, usual) if top else ""
     written: dict[str, str] = {}
     for token in promoted:
-        if (usual is None or token in usual.tokens) and (text := readable(token)):
+        if (text := readable(token)) and (usual is None or text in usual.tokens):
             written.setdefault(text.casefold(), text)
     writes = _listed(list(written.values())[:WRITTEN_TOKENS])
     return f"{reads} → {writes}".strip() if writes else reads
@@ -177,19 +190,33 @@ def compose_label(
 
 def _reads(top: Sequence[Reading], usual: Usual | None) -> str:
     tokens, words = _heaviest(top, attrgetter("token")), _heaviest(top, attrgetter("word"))
-    if tokens[0][1] >= COMMON:
-        kind, shown = "", tokens[:1]
+    one_token, one_word = tokens[0][1] >= COMMON, words[0][1] >= COMMON
+    kind = "" if one_token or one_word else _kind(words)
+    if one_token:
+        shown = [_marked(tokens[0][0], top)]
+        if one_word and shown[0] != words[0][0]:
+            return f"{_listed(shown)} in {_listed([words[0][0]])}"
+    elif one_word:  # of several tokens
+        shown = [words[0][0]]
+    elif kind:
+        shown = [word for word, _ in words if _is(kind, word)][:READ_TOKENS]
     else:
-        kind = _kind(words)
-        shown = (words if kind in DIGITS else tokens)[:READ_TOKENS]  # a token may be one digit
-    listed = kind + _listed([token for token, _ in shown])
-    if words[0][1] >= COMMON and "…" in tokens[0][0]:
-        return f"{listed} in {_listed([words[0][0]])}"
+        shown = [_marked(token, top) for token, _ in tokens[:READ_TOKENS]]
+    listed = f"{kind and kind + ': '}{_listed(shown)}"
     if around := _around(top):
         return f"{listed} {around}"
     if kind or usual is None or not (near := _near(top, usual)):
         return listed
     return f"{listed} near {_listed(near)}"
+
+
+def _marked(token: str, top: Sequence[Reading]) -> str:
+    """With an ellipsis where its word mostly goes on."""
+    of = [one for one in top if one.token.casefold() == token.casefold()]
+    half = sum(one.activation for one in of) / 2
+    begun = sum(one.activation for one in of if one.begun) > half
+    goes_on = sum(one.activation for one in of if one.goes_on) > half
+    return f"{'…' if begun else ''}{token}{'…' if goes_on else ''}"
 
 
 def _listed(words: Iterable[str]) -> str:
@@ -211,52 +238,56 @@ def _heaviest(top: Sequence[Reading], what: Callable[[Reading], str]) -> list[tu
 
 
 def _kind(words: list[tuple[str, float]]) -> str:
-    """What different words have in common, with a colon; empty if nothing that one could name."""
+    """What different words have in common; empty if nothing that one could name.
 
-    def share(fits: Callable[[str], object]) -> float:
-        return sum(part for word, part in words if fits(word))
-
-    if share(lambda word: re.fullmatch(r"(1[5-9]|20)\d\d", word)) >= COMMON:
-        return YEARS
-    if share(str.isdigit) >= COMMON:
-        return NUMBERS
-    first = words[0][0].casefold()
-    if not first.isalpha() or words[0][1] >= COMMON:
+    `years`, `numbers`, or what all begin with (`caus-`) or end in (`-ing`): of several the one that
+    covers most, and of those the longest.
+    """
+    heaviest = words[0][0].casefold()
+    found = [YEARS, NUMBERS]
+    if heaviest.isalpha():
+        found += [f"{heaviest[:size]}-" for size in range(len(heaviest), STEM - 1, -1)]
+        found += [f"-{heaviest[-size:]}" for size in range(len(heaviest) - 1, ENDING - 1, -1)]
+    covered = {kind: sum(share for word, share in words if _is(kind, word)) for kind in found}
+    kind = max(found, key=covered.__getitem__)
+    if covered[kind] < COMMON:
         return ""
-    for size in range(len(first), STEM - 1, -1):
-        if share(lambda word, stem=first[:size]: word.casefold().startswith(stem)) >= COMMON:
-            return f"{first[:size]}-: "
-    for size in range(len(first) - 1, ENDING - 1, -1):
-        ending = first[-size:]
-        fitting = [word for word, _ in words if word.casefold().endswith(ending)]
-        if share(fitting.__contains__) >= COMMON:
-            return f"-{ending}: " if len(fitting) >= ENDING_WORDS else ""
-    return ""
+    fitting = sum(_is(kind, word) for word, _ in words)
+    return kind if fitting >= (ENDING_WORDS if kind.startswith("-") else 2) else ""
+
+
+def _is(kind: str, word: str) -> bool:
+    if kind in (YEARS, NUMBERS):
+        return word.isdigit() and (kind == NUMBERS or bool(_YEAR.fullmatch(word)))
+    word, part = word.casefold(), kind.strip("-")
+    return word.endswith(part) if kind.startswith("-") else word.startswith(part)
 
 
 def _around(top: Sequence[Reading]) -> str:
-    """The few words before them, or after, if there are no others."""
+    """The few words before them, or after, that stand there again and again."""
     found = []
     for side, place in (("before", "after"), ("after", "before")):
         words = _heaviest(top, attrgetter(side))
-        shares = list(accumulate(share for _, share in words))
-        count = sum(share < COMMON for share in shares) + 1
+        count = sum(share < COMMON for share in accumulate(share for _, share in words)) + 1
         few = [word for word, _ in words[:count]]
-        if count <= min(NEIGHBOURS, len(top) // 3 + 1) and all(few):
+        seen = Counter(getattr(one, side).casefold() for one in top)
+        if count <= NEIGHBOURS and all(word and seen[word.casefold()] > 1 for word in few):
             found.append((count, f"{place} {_listed(few)}"))
-    return min(found)[1] if found else ""
+    return min(found, key=itemgetter(0))[1] if found else ""
 
 
 def _near(top: Sequence[Reading], usual: Usual) -> list[str]:
     """Words that stand in most of their texts, and in few others."""
-    weight = Counter[str]()
+    weight, spelling = Counter[str](), {}
     for one in top:
-        weight.update(dict.fromkeys(one.nearby, one.activation))
+        spelling |= {word.casefold(): word for word in one.nearby}
+        weight.update(dict.fromkeys({word.casefold() for word in one.nearby}, one.activation))
     total = sum(one.activation for one in top)
+    own = {one.word.casefold() for one in top}
     return [
-        word
+        spelling[word]
         for word, part in weight.most_common()
-        if part >= NEAR * total and usual.words.get(word, 0.0) <= USUAL
+        if part >= NEAR * total and usual.words.get(word, 0.0) <= USUAL and word not in own
     ][:NEAR_WORDS]
 
 
@@ -288,7 +319,9 @@ def label_by_tokens(
         ConfigError: The model can not be read, or is of another size.
     """
     written = _promoted(sae, features, model) if model is not None else [[] for _ in features]
-    usual = Usual.of([context.tokens for context in store.contexts]) if store.contexts else None
+    # Held-out text: of it no more is known here than how often it has a word.
+    texts = store.table("contexts", ["tokens"])["tokens"].to_pylist()
+    usual = Usual.of(texts) if texts else None
     labels = []
     for feature, promoted in zip(features, written, strict=True):
         strongest = [e for e in choose_examples(store, feature) if e.kind == TOP]

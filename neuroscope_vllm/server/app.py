@@ -107,7 +107,7 @@ async def _open(app: FastAPI) -> None:
     try:
         hub.tokenizer, labels = await asyncio.to_thread(_read_files, config)
         hub.set_labels(labels)
-        app.state.guide = _read_guide(config.settings)
+        app.state.guide = await asyncio.to_thread(_read_guide, config.settings)
         recorder, export = _recorder(hub, config), _export(hub, config)
         feed: Feed = app.state.feed(hub)
         feed.start()
@@ -153,7 +153,7 @@ def _read_files(config: SideConfig) -> tuple[Tokenizer | None, dict[int, list[La
 
 
 def _read_guide(settings: Settings) -> list[Suggestion]:
-    """As `_read_labels`."""
+    """What the page suggests: nothing, if the file was removed or spoilt since it was checked."""
     try:
         return load_guide(settings)
     except ConfigError as error:

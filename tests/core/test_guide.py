@@ -8,13 +8,14 @@ import pytest
 
 from neuroscope_vllm.core.config import Settings
 from neuroscope_vllm.core.errors import ConfigError
-from neuroscope_vllm.core.guide import load_guide
+from neuroscope_vllm.core.guide import check_presets, load_guide
 
 
 def test_no_guide_suggests_nothing(tmp_path: Path) -> None:
     assert load_guide(Settings()) == []
-    (tmp_path / "empty.yaml").write_text("")
-    assert load_guide(Settings(guide=str(tmp_path / "empty.yaml"))) == []
+    for text in ("", "suggestions:\n# - title: x\n"):
+        (tmp_path / "empty.yaml").write_text(text)
+        assert load_guide(Settings(guide=str(tmp_path / "empty.yaml"))) == []
 
 
 @pytest.mark.parametrize(
@@ -26,6 +27,7 @@ def test_no_guide_suggests_nothing(tmp_path: Path) -> None:
         ("suggestions: [{title: ' ', prompt: y}]", "no title or prompt; give both"),
         ("suggestions: [{title: x, prompt: y, preset: p}]", "no steering file that could have it"),
         ("suggestion: []", "did you mean suggestions?"),
+        ("suggestions: [{title: x, prompt: 2024-02-30}]", "is not valid YAML"),
         ("- x", "must hold `name: value` lines"),
     ],
 )
@@ -36,6 +38,16 @@ def test_a_wrong_guide_is_refused_in_a_sentence(tmp_path: Path, text: str, said:
         load_guide(Settings(guide=str(path)))
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_preset_that_the_steering_file_does_not_have(tmp_path: Path) -> None:
+    path = tmp_path / "guide.yaml"
+    path.write_text('suggestions: [{title: x, prompt: "y\\n", preset: calm}]')
+    settings = Settings(guide=str(path), steering="steering.yaml")
+    assert load_guide(settings)[0].prompt == "y"
+    check_presets(settings, {"calm": []})
+    with pytest.raises(ConfigError, match=r"'calm', which .* does not have; it has cheerful, sad"):
+        check_presets(settings, ["cheerful", "sad"])
 
 
 def test_a_guide_that_is_not_there(tmp_path: Path) -> None:

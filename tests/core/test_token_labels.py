@@ -49,17 +49,26 @@ def seen(*texts: str) -> list[Reading]:
         (["|b|", "|B|.", "|b| b", "|a|"], [" X", "x", "\ufffd", "<unused7>"], "“b” → “X”"),
         (["|\ufffd|", "|<pad>|", "|\x00|"], ["ok"], "→ “ok”"),
         ([], [], ""),
-        # What they have in common.
-        (["in| order| to", "In| order|.", "in| order| that"], [], "“order” after “in”"),
-        (["keep| in| order", "|in| order"], [" order"], "“in” before “order” → “order”"),
-        (["the| United| States", "The| same| one"], [], "“United”, “same” after “the”"),
-        (["can| go| on", "must| stay|", "can| be|."], [], "“go”, “stay”, “be” after “can”, “must”"),
-        (["had| caused| it", "is| causing|"], [], "caus-: “caused”, “causing”"),
+        # A part of a word, mostly or not.
+        (["|go|ing", "to |go|", "a |go|at", "|stay|"], [], "“go…”"),
+        (["to en|circ|le", "an en|circ|le", "En|circ|le"], [], "“…circ…” in “encircle”"),
+        (["so |…| yes", "|…|", "no|…|"], [], "“…”"),
+        (["of 1|7|89", "in 17|8|9", "since 1|7|89"], [], "“1789”"),
+        # What they have in common: all that are listed.
+        (["had| caused| it", "is| causing|", "was| caused|"], [], "caus-: “caused”, “causing”"),
+        (["|receiv|ing", "|received|"], [], "receiv-: “receiving”, “received”"),
+        (["|when| he", "|whenever|", "|when| I", "|as|"], [], "when-: “when”, “whenever”"),
         (["is| running|", "was| going|", "by| making|"], [], "-ing: “running”, “going”, “making”"),
         (["of 1|7|89", "in 18|6|5", "since 19|5|0"], [], "years: “1789”, “1865”, “1950”"),
         (["of |1|", "in 1|2| b", "x |33| c"], [], "numbers: “1”, “12”, “33”"),
-        (["to en|circ|le", "an en|circ|le", "En|circ|le"], [], "“…circ…” in “encircle”"),
-        # Neither of words that stand for a special token, nor from across one.
+        # What stands around them, again and again.
+        (["in| order| to", "In| order|.", "in| order| that"], [], "“order” after “in”"),
+        (["keep| in| order", "|in| order"], [" order"], "“in” before “order” → “order”"),
+        (["the| United| States", "The| same| one"], [], "“United”, “same” after “the”"),
+        (["keep| in| order"], [], "“in”"),
+        (["can| go| on", "must| stay|", "can| be|."], [], "“go”, “stay”, “be”"),
+        (["I| go|", "you| go|", "I| be|", "you| do|"], [], "“go”, “be”, “do” after “I”, “you”"),
+        # Not from across a special token.
         (["in<bos>|Paris|", "in<bos>|Paris|"], [], "“Paris”"),
     ],
 )  # fmt: skip
@@ -71,10 +80,12 @@ def test_a_label_says_what_tokens_have_in_common(
 
 def test_a_label_says_what_other_texts_have_not() -> None:
     other = [["These", " words", " are", " usual", "."]] * 5 + [["rare"]]
-    top = seen("usual frogs |means|", "of frogs |of| usual", "|the| frogs and toads usual")
+    top = seen("usual Frogs |means|", "of Frogs |of| usual", "|the| Frogs and toads usual")
     usual = Usual.of(other)
-    label = compose_label(top, ["rare", " words", " are"], usual)
-    assert label == "“means”, “of”, “the” near “frogs” → “words”, “are”"
+    label = compose_label(top, ["rare", "words", " are"], usual)
+    assert label == "“means”, “of”, “the” near “Frogs” → “words”, “are”"
+    frogs = seen("|Frogs| croak", "of |Frogs|", "his |toads|, the Frogs")
+    assert compose_label(frogs, [], usual) == "“Frogs”, “toads”"
     assert compose_label(top) == "“means”, “of”, “the”"
 
 

@@ -71,23 +71,32 @@ def test_one_with_a_preset_is_answered_with_and_without(
     guided: Site, new_page: Callable[..., Page]
 ):
     page = new_page(guided.url)
-    page.get_by_role("button", name="<b>Calm</b>").click()
+    page.get_by_text("Options").click()
+    page.get_by_label("system message").fill("Be brief.")
+    suggested = page.get_by_role("button", name="<b>Calm</b>")
+    expect(suggested).to_have_accessible_description(
+        "Answered twice: without, and steered by preset calm."
+    )
+    suggested.click()
+    expect(page.locator("#text")).to_be_focused()
     ended(page)
     expect(page.locator(".answer h3")).to_have_text(["without", "preset calm"])
     plain, steered = sorted(guided.talker.bodies[-2:], key=lambda body: "vllm_xargs" in body)
     assert "vllm_xargs" not in plain
     assert json.loads(steered["vllm_xargs"]["neuroscope"]) == {"preset": "calm"}
-    assert plain["messages"] == steered["messages"] == [{"role": "user", "content": "How are you?"}]
+    asked = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "How are you?"},
+    ]
+    assert plain["messages"] == steered["messages"] == asked
     assert plain["temperature"] == steered["temperature"] == 0
 
 
-def test_a_guide_that_is_gone_when_the_side_process_starts_again_is_left_out(
-    guided: Site, tmp_path: Path
-):
-    assert len(guided.side.get("/v1/features/describe").json()["guide"]) == 2
+def test_a_guide_that_is_gone_when_the_side_process_starts_again_is_left_out(tmp_path: Path):
     guide = tmp_path / "guide.yaml"
     guide.write_text(GUIDE.replace(", preset: calm", ""))
-    side = start_side(tmp_path, settings={"guide": str(guide)})
+    settings = {"guide": str(guide)}
+    side = start_side(tmp_path, upstream="http://127.0.0.1:9", settings=settings)
     try:
         with Engine(side.endpoint):
             side.wait_armed()

@@ -27,6 +27,7 @@ from neuroscope_vllm.core.config import (
     resolve,
 )
 from neuroscope_vllm.core.errors import ConfigError, NeuroscopeError
+from neuroscope_vllm.core.guide import check_presets
 from neuroscope_vllm.core.keys import check_reachable, hub_endpoint
 from neuroscope_vllm.core.sae.observed import named
 from neuroscope_vllm.core.steering.catalogue import Operator
@@ -112,6 +113,7 @@ def create_engine_config(original: Any, engine_args: Any, *args: Any, **kwargs: 
             calibrated=streams,
         )
         operator = Operator.load(settings.steering)
+        check_presets(settings, operator.presets)
         if streams:
             admission.steer_with(steer_catalogue.build(steered, operator, vllm_config))
         endpoint = _endpoint(hub, settings, vllm_config, door, sites) if streams else None

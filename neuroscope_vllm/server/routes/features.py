@@ -92,7 +92,7 @@ async def describe(request: Request) -> dict[str, Any]:
         "labellers": [_coverage(layer, one, sites) for layer, one in _label_sets(hub)],
         "recording": _recording(settings),
         "replay": request.app.state.replay,
-        "guide": msgspec.to_builtins(request.app.state.guide),
+        "guide": _guide(request),
         "access": _access(request),
         "limits": {
             "trace_requests": settings.trace_requests,
@@ -115,6 +115,13 @@ async def describe(request: Request) -> dict[str, Any]:
         "senders": senders,
         "counters": dict(hub.counters),
     }
+
+
+def _guide(request: Request) -> list[dict[str, Any]]:
+    """What the page suggests to ask, where it can."""
+    return (
+        [] if request.app.state.upstream is None else msgspec.to_builtins(request.app.state.guide)
+    )
 
 
 def _access(request: Request) -> dict[str, bool]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from neuroscope_vllm.core import wire
 from neuroscope_vllm.core.errors import ConfigError, EngineError
+from neuroscope_vllm.core.guide import check_presets
 from neuroscope_vllm.core.sae.observed import named
 from neuroscope_vllm.core.sender import Sender
 from neuroscope_vllm.core.steering.catalogue import Operator
@@ -52,6 +53,7 @@ class Loaded:
             num_layers=config.num_hidden_layers,
         )
         self._operator = Operator.load(self._settings.steering)
+        check_presets(self._settings, self._operator.presets)
         self._catalogue = steering_catalogue(steered, self._operator, d_model=config.hidden_size)
         self._max_model_len = _context(spec.max_model_len, config.max_position_embeddings)
         self._placement = placement

@@ -34,7 +34,7 @@ function goesOn() {
   return [];
 }
 
-function firstMessages() {
+export function firstMessages() {
   const system = $("system").value.trim();
   return system ? [{ role: "system", content: system }] : [];
 }

@@ -1,7 +1,7 @@
 // What to ask first: suggestions of the server, there until the page has a turn.
 
 import { about } from "./about.js";
-import { ask, send, user } from "./chat.js";
+import { ask, firstMessages, send, user } from "./chat.js";
 import { $, inline, make, visible } from "./dom.js";
 
 let shown = "";
@@ -11,13 +11,16 @@ export function paintGuide() {
   if (now === shown) return;
   shown = now;
   $("guide").hidden = !about.guide.length;
-  $("guide").replaceChildren(make("h2", {}, "Try one of these"), make("ul", {}, ...about.guide.map((one) => make("li", {},
-    make("button", { type: "button", onclick: () => begin(one) }, make("strong", {}, inline(one.title)), " ", make("q", {}, visible(one.prompt))),
-    one.look_for ? make("p", { class: "quiet" }, visible(one.look_for)) : null))));
+  $("guide").replaceChildren(make("h2", {}, "Try one of these"), make("ul", {}, ...about.guide.map((one, i) => make("li", {},
+    make("button", { type: "button", "aria-describedby": `look-${i}`, onclick: () => begin(one) },
+      make("strong", {}, inline(one.title)), " ", make("q", {}, inline(one.prompt))),
+    make("p", { class: "quiet", id: `look-${i}` }, visible(one.look_for),
+      one.preset ? ` Answered twice: without, and steered by preset ${inline(one.preset)}.` : "")))));
 }
 
 function begin({ prompt, preset }) {
-  if (!preset) return send(prompt);
-  const asked = { messages: [user(prompt)], temperature: 0 };
+  $("text").focus();   // the button goes
+  if (preset === null) return send(prompt);
+  const asked = { messages: [...firstMessages(), user(prompt)], temperature: 0 };
   ask([asked, { ...asked, vllm_xargs: { neuroscope: JSON.stringify({ preset }) } }], ["without", `preset ${preset}`]);
 }
