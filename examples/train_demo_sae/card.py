@@ -30,6 +30,9 @@ residuals: no normalisation, no subtraction of `b_dec` first.
 
 - format: SAELens, JumpReLU; `sae_lens.SAE.load_from_disk(folder)` loads it. Matrices in bf16, the
   rows of `W_dec` of unit norm within its rounding; biases and the one threshold in float32.
+- the rounding to bf16 turns {firings_changed:.2%} of firings on or off, changes an activation by
+  {activation_change:.2%} in the median, and the explained variance from {exact:.4f} to {stored:.4f}
+  (measured on {rounded_tokens:,} training tokens).
 - licence: MIT, as the project. Made on {date} by `python examples/train_demo_sae --work FOLDER`
   (seed {seed}), with {versions}.
 
@@ -93,7 +96,8 @@ FEATURES = 20
 
 
 def card(sae: Path, layer: int, tokens: Path) -> str:
-    config, result = (json.loads((sae / name).read_text()) for name in ("cfg.json", "metrics.json"))
+    names = ("cfg.json", "metrics.json", "rounding.json")
+    config, result, rounding = (json.loads((sae / name).read_text()) for name in names)
     described = ExampleStore(find_examples(str(sae)))
     about, features, held_out = config["metadata"], result["features"], result["held_out"]
     source = torch.cat([load(tokens, part)["source"] for part in (DOCUMENTS, CHATS)])
@@ -132,6 +136,11 @@ def card(sae: Path, layer: int, tokens: Path) -> str:
         median=about["sink_norm_median"],
         seq_len=SEQ_LEN,
         source_rows="\n".join(rows),
+        firings_changed=rounding["firings_changed"],
+        activation_change=rounding["activation_change_median"],
+        exact=rounding["explained_variance"],
+        stored=rounding["explained_variance_stored"],
+        rounded_tokens=rounding["tokens"],
         described_tokens=described.collection.tokens,
         feature_rows="\n".join(_features(sae, described, config["d_sae"], about["seed"])),
     )

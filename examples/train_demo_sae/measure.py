@@ -74,6 +74,22 @@ def metrics(sae: Autoencoder, acts: torch.Tensor) -> dict[str, float]:
     }
 
 
+@torch.no_grad()
+def rounding(exact: Autoencoder, stored: Autoencoder, acts: torch.Tensor) -> dict[str, float]:
+    """What storing the weights in fewer bits does to residuals [n, d_model]."""
+    before = torch.cat([f for _, f in _encoded(exact, acts)])
+    after = torch.cat([f for _, f in _encoded(stored, acts)])
+    both = (before > 0) & (after > 0)
+    changed = (before > 0) ^ (after > 0)
+    return {
+        "tokens": len(acts),
+        "explained_variance": metrics(exact, acts)["explained_variance"],
+        "explained_variance_stored": metrics(stored, acts)["explained_variance"],
+        "firings_changed": float(changed.sum() / (before > 0).sum()),
+        "activation_change_median": float((after[both] / before[both] - 1).abs().median()),
+    }
+
+
 def _encoded(sae: Autoencoder, acts: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     for x in acts.split(4096):
         x = x.float()

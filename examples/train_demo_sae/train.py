@@ -5,6 +5,7 @@ Usage: `python train.py --acts FOLDER --tokens FOLDER --model FOLDER --out FOLDE
 """
 
 import argparse
+import copy
 import itertools
 import json
 import math
@@ -142,8 +143,11 @@ def fit(data: Residuals, width: int, k: float, checkpoints: Path) -> BatchTopKTr
 
 
 @torch.no_grad()
-def finish(trained: BatchTopKTrainingSAE, acts: torch.Tensor, k: float) -> SAE:
-    """The SAE as it will be stored: JumpReLU on raw residuals, bf16 matrices, exact threshold.
+def finish(
+    trained: BatchTopKTrainingSAE, acts: torch.Tensor, k: float
+) -> tuple[SAE, dict[str, float]]:
+    """The SAE as it will be stored: JumpReLU on raw residuals, bf16 matrices, exact threshold. And
+    what the rounding changes.
 
     The moving-average threshold of training lags, so it is replaced by one calibrated on
     training residuals with the rounded weights.
@@ -153,12 +157,14 @@ def finish(trained: BatchTopKTrainingSAE, acts: torch.Tensor, k: float) -> SAE:
         sae = SAE.load_from_disk(folder)
     sae.b_enc.data -= sae.b_dec @ sae.W_enc  # b_dec is no longer subtracted from the input
     sae.cfg.apply_b_dec_to_input = False
+    unrounded = copy.deepcopy(sae)
     for matrix in (sae.W_enc, sae.W_dec):
         matrix.data = matrix.bfloat16().float()
     sae.threshold.data.zero_()
     chosen = torch.randperm(len(acts), generator=torch.Generator().manual_seed(SEED))[:16384]
-    measure.calibrate_threshold(sae, acts[chosen], k)
-    return sae
+    threshold = measure.calibrate_threshold(sae, acts[chosen], k)
+    unrounded.threshold.data.fill_(threshold)
+    return sae, measure.rounding(unrounded, sae, acts[chosen[:4096]])
 
 
 def save(sae: SAE, folder: Path, metadata: dict) -> None:
@@ -191,7 +197,7 @@ def main() -> None:
     start = time.monotonic()
     trained = fit(data, args.width, args.k, args.checkpoints)
     print(f"trained in {time.monotonic() - start:.0f} s", flush=True)
-    sae = finish(trained, data.sample(), args.k)
+    sae, rounding = finish(trained, data.sample(), args.k)
     metadata = {
         "model_name": "HuggingFaceTB/SmolLM2-135M-Instruct",
         "hook_name": f"blocks.{args.layer}.hook_resid_post",
@@ -205,6 +211,7 @@ def main() -> None:
         "sae_lens_version": sae_lens.__version__,
     }
     save(sae, args.out, metadata)
+    (args.out / "rounding.json").write_text(json.dumps(rounding, indent=2) + "\n")
 
 
 if __name__ == "__main__":
