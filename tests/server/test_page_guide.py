@@ -18,8 +18,8 @@ from playwright.sync_api import Page, expect
 
 from tests.server.side import start_side, wait_until
 from tests.support.browser import needs_browser
-from tests.support.page import Site, browser, ended, new_page
-from tests.support.talking import Engine, Talker
+from tests.support.page import Site, browser, ended, new_page, open_site
+from tests.support.talking import Engine
 
 __all__ = ["browser", "new_page"]  # fixtures
 
@@ -38,17 +38,9 @@ def guided(
     guide, steering = folder / "guide.yaml", folder / "steering.yaml"
     guide.write_text(GUIDE)
     steering.write_text("presets: {calm: [{op: add, layer: 20, feature: 1, value: 2}]}\n")
-    talker = Talker(tokenizer)
     settings = {"guide": str(guide), "steering": str(steering)}
-    side = start_side(
-        folder, tokenizer_file=tokenizer_file, upstream=talker.url, settings=settings
-    )  # fmt: skip
-    with Engine(side.endpoint) as engine:
-        talker.engine = engine
-        side.wait_armed()
-        yield Site(side, talker, engine)
-    side.process.stop()
-    talker.close()
+    with open_site(folder, tokenizer, tokenizer_file=tokenizer_file, settings=settings) as one:
+        yield one
 
 
 @needs_browser

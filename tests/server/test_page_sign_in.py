@@ -11,10 +11,8 @@ from playwright.sync_api import Page, expect
 
 from neuroscope_vllm.core.access import KeyDigests, digest
 from tests.server.access import ADMIN, USER
-from tests.server.side import start_side
 from tests.support.browser import needs_browser
-from tests.support.page import Site, browser, new_page, say
-from tests.support.talking import Engine, Talker
+from tests.support.page import Site, browser, new_page, open_site, say
 
 __all__ = ["browser", "new_page"]  # fixtures
 UNAUTHORIZED = "Failed to load resource: the server responded with a status of 401 (Unauthorized)"
@@ -25,19 +23,10 @@ FORBIDDEN = "Failed to load resource: the server responded with a status of 403 
 def keyed(
     tmp_path_factory: pytest.TempPathFactory, tokenizer: Any, tokenizer_file: Path
 ) -> Iterator[Site]:
-    talker = Talker(tokenizer)
-    side = start_side(
-        tmp_path_factory.mktemp("site"),
-        tokenizer_file=tokenizer_file,
-        upstream=talker.url,
-        keys=KeyDigests([digest(ADMIN)], [digest(USER)]),
-    )
-    with Engine(side.endpoint, layers=(20,), top_k=4) as engine:
-        talker.engine = engine
-        side.wait_armed()
-        yield Site(side, talker, engine)
-    side.process.stop()
-    talker.close()
+    keys = KeyDigests([digest(ADMIN)], [digest(USER)])
+    folder = tmp_path_factory.mktemp("site")
+    with open_site(folder, tokenizer, tokenizer_file=tokenizer_file, keys=keys) as one:
+        yield one
 
 
 @needs_browser

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,22 @@ class Site:
         self.url = f"{side.base}/"
 
 
+@contextmanager
+def open_site(
+    directory: Path, tokenizer: Any, layers: tuple[int, ...] = (20,), **options: Any
+) -> Iterator[Site]:
+    """One of its own; `options` of the side process."""
+    talker = Talker(tokenizer)
+    talker.pause_s = 0.002
+    side = start_side(directory, upstream=talker.url, **options)
+    with Engine(side.endpoint, layers=layers, top_k=TOP_K) as engine:
+        talker.engine = engine
+        side.wait_armed()
+        yield Site(side, talker, engine)
+    side.process.stop()
+    talker.close()
+
+
 @pytest.fixture(scope="module")
 def site(
     tmp_path_factory: pytest.TempPathFactory, tokenizer: Any, tokenizer_file: Path
@@ -51,16 +68,11 @@ def site(
     ]
     rows.append({"index": 1, "text": "long " * 2000, "labeller": "test"})
     labels.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    talker = Talker(tokenizer)
-    talker.pause_s = 0.002
     both = {layer: [str(labels)] for layer in (12, 20)}
-    side = start_side(directory, tokenizer_file=tokenizer_file, upstream=talker.url, labels=both)
-    with Engine(side.endpoint, layers=(12, 20), top_k=TOP_K) as engine:
-        talker.engine = engine
-        side.wait_armed()
-        yield Site(side, talker, engine)
-    side.process.stop()
-    talker.close()
+    with open_site(
+        directory, tokenizer, (12, 20), tokenizer_file=tokenizer_file, labels=both
+    ) as one:
+        yield one
 
 
 @pytest.fixture(scope="module")
