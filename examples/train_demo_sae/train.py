@@ -13,7 +13,7 @@ import random
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import measure
@@ -23,12 +23,14 @@ from collect import LAYER, Shard, shards
 from corpus import CHATS, DOCUMENTS, SEED, SEQ_LEN, learnable
 from sae_lens import SAE, BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig, SAETrainer
 from sae_lens.config import SAETrainerConfig
+from sae_lens.constants import ACTIVATION_SCALER_CFG_FILENAME
 from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 BATCH = 1024
 MIX_SHARDS = 4  # shuffled together: about 120,000 tokens
+SPREAD_SHARDS = 8  # of all of training, for the threshold
 LEARNING_RATE = 8e-4
 CHECKPOINTS = 20
 KEEP_PREFIX = 8  # learn the template's system prompt from every 8th chat
@@ -126,6 +128,7 @@ def fit(data: Residuals, width: int, k: float, checkpoints: Path) -> BatchTopKTr
         dead_feature_window=400,
         autocast=True,
         n_checkpoints=CHECKPOINTS,
+        save_final_checkpoint=True,  # unrounded, should the threshold be wanted elsewhere
         checkpoint_path=str(checkpoints),
     )
     batches = data.batches()
@@ -134,12 +137,22 @@ def fit(data: Residuals, width: int, k: float, checkpoints: Path) -> BatchTopKTr
     scale = math.sqrt(d_in) / float(sample.norm(dim=-1).mean())
     trainer.activation_scaler.scaling_factor = scale
     sae.b_dec.data = sample.mean(0) * scale
-    if stopped := sorted(checkpoints.glob("[0-9]*"), key=lambda path: int(path.name)):
-        sae.load_weights_from_checkpoint(stopped[-1])
-        trainer.load_trainer_state(stopped[-1])
+    # The scaler is a checkpoint's last file: one without it was cut off.
+    whole = [path.parent for path in checkpoints.glob(f"[0-9]*/{ACTIVATION_SCALER_CFG_FILENAME}")]
+    if whole:
+        _go_on(trainer, max(whole, key=lambda path: int(path.name)))
         for _ in range(trainer.n_training_steps):
             next(batches)
     return trainer.fit()
+
+
+def _go_on(trainer: SAETrainer, stopped: Path) -> None:
+    """Where a checkpoint was made. Its step was not counted yet, but its samples were."""
+    trainer.sae.load_weights_from_checkpoint(stopped)
+    trainer.load_trainer_state(stopped)
+    samples = trainer.n_training_samples
+    trainer.n_training_steps = samples // BATCH
+    trainer.checkpoint_thresholds = [at for at in trainer.checkpoint_thresholds if at >= samples]
 
 
 @torch.no_grad()
@@ -155,11 +168,14 @@ def finish(
     with tempfile.TemporaryDirectory() as folder:
         trained.save_inference_model(folder)
         sae = SAE.load_from_disk(folder)
-    sae.b_enc.data -= sae.b_dec @ sae.W_enc  # b_dec is no longer subtracted from the input
-    sae.cfg.apply_b_dec_to_input = False
     unrounded = copy.deepcopy(sae)
     for matrix in (sae.W_enc, sae.W_dec):
         matrix.data = matrix.bfloat16().float()
+    for one in (unrounded, sae):
+        # b_dec is no longer subtracted from the input; what is, is what the rounded matrix makes of
+        # it, so that its rounding acts on the rest of the input alone.
+        one.b_enc.data -= one.b_dec @ one.W_enc
+        one.cfg.apply_b_dec_to_input = False
     sae.threshold.data.zero_()
     chosen = torch.randperm(len(acts), generator=torch.Generator().manual_seed(SEED))[:16384]
     threshold = measure.calibrate_threshold(sae, acts[chosen], k)
@@ -197,7 +213,9 @@ def main() -> None:
     start = time.monotonic()
     trained = fit(data, args.width, args.k, args.checkpoints)
     print(f"trained in {time.monotonic() - start:.0f} s", flush=True)
-    sae, rounding = finish(trained, data.sample(), args.k)
+    spread = data.shards[:: max(1, len(data.shards) // SPREAD_SHARDS)]
+    acts = replace(data, shards=spread).sample(SPREAD_SHARDS)
+    sae, rounding = finish(trained, acts, args.k)
     metadata = {
         "model_name": "HuggingFaceTB/SmolLM2-135M-Instruct",
         "hook_name": f"blocks.{args.layer}.hook_resid_post",
