@@ -21,7 +21,14 @@ WIDTHS = {20: 8192, 10: 1536, 28: 1536}
 the demo's files together take less than 40 MB."""
 # vLLM's cache is of a fixed size so that it does not depend on the free memory; and it samples as
 # it is, without our plugin. What our commands make of an SAE lies in the folder, not in the user's.
-ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_PLUGINS": "", "NEUROSCOPE_DATA": "data"}
+# glibc keeps what training frees, or a third of each step goes into fetching pages anew.
+ENVIRONMENT = {
+    "VLLM_CPU_KVCACHE_SPACE": "2",
+    "VLLM_PLUGINS": "",
+    "NEUROSCOPE_DATA": "data",
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
+}
 
 
 def start(script: str, **options: object) -> subprocess.Popen:

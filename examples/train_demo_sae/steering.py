@@ -14,6 +14,8 @@ import argparse
 import json
 import math
 import re
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from statistics import median
 
 from openai import OpenAI
@@ -103,8 +105,9 @@ def main() -> None:
     spec = {"steer": args.edits} if args.edits else {"preset": args.preset}
     effect = re.compile(rf"\b(?:{args.words})\b", re.IGNORECASE)
     for name, given in (("without", None), ("steered", spec)):
-        answers = [demo.answer(prompt, given) for prompt in PROMPTS]
-        perplexities = [demo.perplexity(*pair) for pair in zip(PROMPTS, answers, strict=True)]
+        with ThreadPoolExecutor(len(PROMPTS)) as pool:
+            answers = list(pool.map(partial(demo.answer, spec=given), PROMPTS))
+            perplexities = list(pool.map(demo.perplexity, PROMPTS, answers))
         shown = sum(bool(effect.search(answer)) for answer in answers)
         print(
             f"{name}: shows in {shown} of {len(answers)};"
