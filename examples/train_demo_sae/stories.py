@@ -9,23 +9,13 @@ words, and these features.
 
 import argparse
 import re
-import time
 from collections import Counter
 
-import httpx
 from openai import OpenAI
 
+from neuroscope_vllm import Client
+
 MAX_TOKENS = 80
-
-
-def token_events(features: str, request_id: str) -> list[dict]:
-    """Of the answer, once it has ended."""
-    while True:
-        found = httpx.get(f"{features}/v1/requests/{request_id}", timeout=10)
-        if found.status_code == 200 and found.json()["choices"][0]["finished"]:
-            events = found.json()["choices"][0]["events"]
-            return [event for event in events if event["event"] == "token"]
-        time.sleep(0.1)
 
 
 def main() -> None:
@@ -36,6 +26,7 @@ def main() -> None:
     parser.add_argument("questions", nargs="+")
     args = parser.parse_args()
     client = OpenAI(base_url=f"{args.url}/v1", api_key="none")
+    features = Client(args.features_url)
     model = client.models.list().data[0].id
     story = re.compile(args.words, re.IGNORECASE)
     for question in args.questions:
@@ -45,17 +36,13 @@ def main() -> None:
             temperature=0,
             max_tokens=MAX_TOKENS,
         )
-        events = token_events(args.features_url, done.id)
-        shown: Counter[str] = Counter()
-        for event in events:
-            for one in event["top_features"]:
-                if one["label"] and story.search(one["label"]):
-                    shown[f"{one['label']} [{one['index']}]"] += 1
-        telling = sum(
-            any(one["label"] and story.search(one["label"]) for one in event["top_features"])
-            for event in events
-        )
-        print(f"{telling / len(events):.0%} of {len(events)} tokens: {question}")
+        tokens = features.trace(done.id).answer
+        told = [
+            [f"{f.label} [{f.index}]" for f in token.top_features if story.search(f.label or "")]
+            for token in tokens
+        ]
+        shown = Counter(name for names in told for name in names)
+        print(f"{sum(map(bool, told)) / len(told):.0%} of {len(told)} tokens: {question}")
         print(f"  {' '.join((done.choices[0].message.content or '').split())}")
         for name, count in shown.most_common(6):
             print(f"  {count:3} {name}")
