@@ -7,14 +7,17 @@
       - title: In good spirits
         prompt: How was your day?
         preset: cheerful
+        max_tokens: 80
 
-One with a preset, of the operator's steering file, is answered twice: with and without.
+One with a preset, of the operator's steering file, is answered twice: with and without. The page
+asks at temperature 0, for `max_tokens` where they are given and else as its options say.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
 
@@ -31,6 +34,7 @@ class Suggestion(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     prompt: str
     look_for: str = ""
     preset: str | None = None
+    max_tokens: Annotated[int, msgspec.Meta(ge=1)] | None = None
 
 
 def load_guide(settings: Settings) -> list[Suggestion]:

@@ -26,6 +26,7 @@ def test_no_guide_suggests_nothing(tmp_path: Path) -> None:
         ("suggestions: [{title: x, prompt: y, ask: z}]", "unknown field `ask`"),
         ("suggestions: [{title: ' ', prompt: y}]", "no title or prompt; give both"),
         ("suggestions: [{title: x, prompt: y, preset: p}]", "no steering file that could have it"),
+        ("suggestions: [{title: x, prompt: y, max_tokens: 0}]", "Expected `int` >= 1"),
         ("suggestion: []", "did you mean suggestions?"),
         ("suggestions: [{title: x, prompt: 2024-02-30}]", "is not valid YAML"),
         ("- x", "must hold `name: value` lines"),

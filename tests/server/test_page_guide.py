@@ -25,7 +25,7 @@ __all__ = ["browser", "new_page"]  # fixtures
 
 GUIDE = """
 suggestions:
-  - {title: A city, prompt: "What is the capital of France?", look_for: Names of places.}
+  - {title: A city, prompt: "What is the capital of France?", look_for: Places., max_tokens: 9}
   - {title: <b>Calm</b>, prompt: "How are you?", preset: calm}
 """
 
@@ -47,12 +47,12 @@ def guided(
 def test_a_suggestion_is_asked(guided: Site, new_page: Callable[..., Page]):
     page = new_page(guided.url)
     guide = page.get_by_role("region", name="suggestions")
-    expect(guide).to_contain_text("Names of places.")
+    expect(guide).to_contain_text("Places.")
     guide.get_by_role("button", name="A city").click()
     ended(page)
-    assert guided.talker.bodies[-1]["messages"] == [
-        {"role": "user", "content": "What is the capital of France?"}
-    ]
+    body = guided.talker.bodies[-1]
+    assert body["messages"] == [{"role": "user", "content": "What is the capital of France?"}]
+    assert (body["temperature"], body["max_tokens"]) == (0, 9)
     expect(guide).to_be_hidden()
     page.get_by_role("button", name="New chat").click()
     expect(guide).to_be_visible()

@@ -1,7 +1,7 @@
 // What to ask first: suggestions of the server, there until the page has a turn.
 
 import { about } from "./about.js";
-import { ask, firstMessages, send, user } from "./chat.js";
+import { ask, firstMessages, user } from "./chat.js";
 import { $, inline, make, visible } from "./dom.js";
 
 let shown = "";
@@ -18,9 +18,10 @@ export function paintGuide() {
       one.preset ? ` Answered twice: without, and steered by preset ${inline(one.preset)}.` : "")))));
 }
 
-function begin({ prompt, preset }) {
+// Greedy, so that everybody sees what the guide speaks of.
+function begin({ prompt, preset, max_tokens }) {
   $("text").focus();   // the button goes
-  if (preset === null) return send(prompt);
-  const asked = { messages: [...firstMessages(), user(prompt)], temperature: 0 };
+  const asked = { messages: [...firstMessages(), user(prompt)], temperature: 0, ...(max_tokens && { max_tokens }) };
+  if (preset === null) return ask([asked]);
   ask([asked, { ...asked, vllm_xargs: { neuroscope: JSON.stringify({ preset }) } }], ["without", `preset ${preset}`]);
 }
