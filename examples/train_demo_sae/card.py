@@ -6,6 +6,7 @@ Usage: `python card.py --sae FOLDER --layer 20 --tokens FOLDER --cache FOLDER`
 import argparse
 import datetime
 import html
+import itertools
 import json
 import random
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from sources import HELD_OUT, SHIPPABLE, SOURCES, fetch, wikipedia_pages
 
 from neuroscope_vllm.core.examples import Example, ExampleStore, find_examples
 from neuroscope_vllm.core.examples.records import TOP
-from neuroscope_vllm.core.labels import stored_labels
+from neuroscope_vllm.core.labels import RELIABLE_SCORE, LabelSet, stored_labels
 
 CARD = """\
 # SAE of SmolLM2-135M-Instruct, layer {layer}, {d_sae:,} features
@@ -89,6 +90,16 @@ The American Presidency Project (Peters and Woolley) has them. Pieces of Wikiped
 `examples/`, remain under [CC BY-SA 3.0](https://creativecommons.org/licenses/by-sa/3.0/), by the
 authors of these articles, each at `https://en.wikipedia.org/wiki/` and its title: {articles}.
 
+## Labels
+
+| labeller | method | features | scored | mean | {bins} |
+|---|---|---|---|---|{rules}|
+{label_rows}
+
+Scores are of detection: shown held-out texts of which half have the feature, a reader who has only
+the label says which; class-balanced accuracy, 0.5 by chance. Labels below {reliable} are kept, and
+marked unreliable wherever they are shown.
+
 ## Twenty features
 
 Drawn at random (seed {seed}), as they are: labels, and the two strongest examples with «the token».
@@ -98,6 +109,7 @@ Drawn at random (seed {seed}), as they are: labels, and the two strongest exampl
 {feature_rows}
 """
 FEATURES = 20
+BINS = (0.0, 0.5, RELIABLE_SCORE, 0.7, 0.8, 0.9, 1.01)
 
 
 def card(sae: Path, layer: int, tokens: Path, cache: Path) -> str:
@@ -160,8 +172,28 @@ def card(sae: Path, layer: int, tokens: Path, cache: Path) -> str:
         stored=rounding["explained_variance_stored"],
         rounded_tokens=rounding["tokens"],
         described_tokens=described.collection.tokens,
+        bins=" | ".join(
+            f"below {high}" if low == 0 else f"{low} and more" if high > 1 else f"{low} to {high}"
+            for low, high in itertools.pairwise(BINS)
+        ),
+        rules="|".join("---" for _ in BINS[1:]),
+        label_rows="\n".join(map(_label_row, stored_labels(str(sae)).values())),
+        reliable=RELIABLE_SCORE,
         feature_rows="\n".join(_features(sae, described, config["d_sae"], about["seed"])),
     )
+
+
+def _label_row(labels: LabelSet) -> str:
+    """How many have which score."""
+    scores = [label.score for label in labels if label.score is not None]
+    mean = f"{sum(scores) / len(scores):.3f}" if scores else ""
+    counts = [
+        str(sum(low <= score < high for score in scores)) if scores else ""
+        for low, high in itertools.pairwise(BINS)
+    ]
+    methods = ", ".join(sorted({label.method or "" for label in labels}))
+    cells = [labels.labeller, methods, f"{len(labels):,}", str(len(scores)), mean, *counts]
+    return f"| {' | '.join(cells)} |"
 
 
 def _features(sae: Path, store: ExampleStore, width: int, seed: int) -> Iterator[str]:

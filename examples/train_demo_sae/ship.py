@@ -10,10 +10,11 @@ from pathlib import Path
 import msgspec
 import pyarrow as pa
 
-from neuroscope_vllm.core.artefacts import find_calibration, find_labels
+from neuroscope_vllm.core.artefacts import find_calibration
 from neuroscope_vllm.core.examples import ExampleStore, find_examples, write_examples
 from neuroscope_vllm.core.examples.records import SAMPLE, TOP
 from neuroscope_vllm.core.examples.store import SCHEMAS
+from neuroscope_vllm.core.labels import stored_labels
 
 FILES = ("cfg.json", "sae_weights.safetensors", "MODEL_CARD.md")
 KEPT = {TOP: 3, SAMPLE: 3}
@@ -65,8 +66,8 @@ def main() -> None:
     assert calibration is not None
     assert examples is not None
     shutil.copy(calibration, args.out)
-    for path in find_labels(source):
-        shutil.copy(path, args.out / "labels")
+    for path, labels in stored_labels(source).items():
+        labels.save(args.out / "labels" / path.name)  # one line each, where a score added another
     small_examples(examples, args.out / "examples")
 
 

@@ -4,7 +4,8 @@ Usage, beside a running `neuroscope demo`:
 
     python steering.py --edits '[{"op": "add", "feature": 12, "value": 60}]' --words 'sea|ships?'
 
-or with `--preset NAME`, of its steering file.
+or with `--preset NAME`, of its steering file. An edit is chosen by one twenty of prompts and
+reported on the other (`--prompts report`), which had no part in the choice.
 
 An answer shows the effect where it has one of the words. Fluency is what the model itself, without
 steering, thinks of the answer: its perplexity; and how many of its three-word runs are new.
@@ -20,28 +21,52 @@ from statistics import median
 
 from openai import OpenAI
 
-PROMPTS = [
-    "How was your day?",
-    "What should I cook tonight?",
-    "Tell me a short story.",
-    "What do you think about music?",
-    "How do I learn a new language?",
-    "Describe a perfect weekend.",
-    "What makes a good friend?",
-    "Give me advice for a job interview.",
-    "What is the best way to relax?",
-    "Write a short letter to my grandmother.",
-    "What should I read next?",
-    "Explain how a bicycle works.",
-    "Why is the sky blue?",
-    "What can I do on a rainy afternoon?",
-    "Tell me about your favourite place.",
-    "How can I sleep better?",
-    "What is a good present for a child?",
-    "Describe the town where you grew up.",
-    "What did people do for fun a hundred years ago?",
-    "Say something nice about Mondays.",
-]
+PROMPTS = {
+    "choose": [
+        "How was your day?",
+        "What should I cook tonight?",
+        "Tell me a short story.",
+        "What do you think about music?",
+        "How do I learn a new language?",
+        "Describe a perfect weekend.",
+        "What makes a good friend?",
+        "Give me advice for a job interview.",
+        "What is the best way to relax?",
+        "Write a short letter to my grandmother.",
+        "What should I read next?",
+        "Explain how a bicycle works.",
+        "Why is the sky blue?",
+        "What can I do on a rainy afternoon?",
+        "Tell me about your favourite place.",
+        "How can I sleep better?",
+        "What is a good present for a child?",
+        "Describe the town where you grew up.",
+        "What did people do for fun a hundred years ago?",
+        "Say something nice about Mondays.",
+    ],
+    "report": [
+        "What is your favourite season?",
+        "How do I start a garden?",
+        "Why do we dream?",
+        "What should I pack for a trip?",
+        "Tell me about your family.",
+        "How does a refrigerator work?",
+        "What can I do when I feel lonely?",
+        "Write a short thank-you note to a teacher.",
+        "What makes a good leader?",
+        "Describe your morning.",
+        "How do I make a new friend?",
+        "What is a healthy breakfast?",
+        "Why do leaves change colour in autumn?",
+        "Tell me something about trains.",
+        "How can I save money?",
+        "What should I paint?",
+        "Describe a walk through a park.",
+        "What is it like to be old?",
+        "How do I prepare for an exam?",
+        "Say something nice about winter.",
+    ],
+}
 MAX_TOKENS = 80
 
 
@@ -99,15 +124,17 @@ def main() -> None:
     how.add_argument("--edits", type=json.loads, help="JSON, as a request has them")
     how.add_argument("--preset")
     parser.add_argument("--words", required=True, help="regular expression, of whole words")
+    parser.add_argument("--prompts", choices=PROMPTS, default="choose")
     parser.add_argument("--show", action="store_true", help="print all answers")
     args = parser.parse_args()
     demo = Demo(args.url)
     spec = {"steer": args.edits} if args.edits else {"preset": args.preset}
     effect = re.compile(rf"\b(?:{args.words})\b", re.IGNORECASE)
+    prompts = PROMPTS[args.prompts]
     for name, given in (("without", None), ("steered", spec)):
-        with ThreadPoolExecutor(len(PROMPTS)) as pool:
-            answers = list(pool.map(partial(demo.answer, spec=given), PROMPTS))
-            perplexities = list(pool.map(demo.perplexity, PROMPTS, answers))
+        with ThreadPoolExecutor(len(prompts)) as pool:
+            answers = list(pool.map(partial(demo.answer, spec=given), prompts))
+            perplexities = list(pool.map(demo.perplexity, prompts, answers))
         shown = sum(bool(effect.search(answer)) for answer in answers)
         print(
             f"{name}: shows in {shown} of {len(answers)};"
@@ -115,7 +142,7 @@ def main() -> None:
             f" new runs of three words {median(map(distinct, answers)):.0%}"
         )
         if args.show:
-            for prompt, answer in zip(PROMPTS, answers, strict=True):
+            for prompt, answer in zip(prompts, answers, strict=True):
                 print(f"  {prompt}\n    {' '.join(answer.split())}")
 
 
