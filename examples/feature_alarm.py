@@ -1,6 +1,6 @@
 """An alarm on one feature, over all requests of a server.
 
-    python examples/feature_alarm.py 2553 --above 15
+    python examples/feature_alarm.py 6091 --above 15
 
 Prints a line each time the feature is more active than that; replace `alarm` with what should
 happen. The stream is resumed when the server is restarted. A feature that is not among the

@@ -16,6 +16,7 @@ else
   venv=$root/.venv extras=demo
 fi
 "$root/examples/setup.sh" "$venv" "$extras"
+set_up=$SECONDS
 
 demo=("$venv/bin/neuroscope" demo --backend "$backend" --port "$port" --features-port "$features_port")
 if [ "$backend" = vllm ] && ! command -v g++ >/dev/null && ! command -v c++ >/dev/null && ! command -v clang++ >/dev/null; then
@@ -30,6 +31,7 @@ case "${1:-}" in
     server=$!
     trap 'kill "$server" 2>/dev/null; wait "$server" 2>/dev/null || true; rm -f "$log"' EXIT
     "$venv/bin/python" "$root/examples/check_demo.py" "$port" "$features_port" "$server" "$log"
+    echo "took $set_up s to set up and $((SECONDS - set_up)) s to start and check; ${venv##*/} takes $(du -sh "$venv" | cut -f1)"
     ;;
   "")
     cat >&2 <<END

@@ -25,7 +25,7 @@ from rich.text import Text
 
 HERE = Path(__file__).parent
 QUESTION = "Why did the Roman Empire fall?"
-FEATURE, STRENGTH = "2553", "2"  # “caused”, “Cause”, “causes”
+FEATURE, SUGGESTION = "6725", "A touch of magic"  # “magic”
 WIDTH, LINES = 100, 34
 
 
@@ -35,7 +35,10 @@ def main(url: str) -> None:
         browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": 1280, "height": 800}, device_scale_factor=1.5)
         request_id = chat(page, url)
-        steer(page)
+        card(page)
+        steered(
+            browser.new_page(viewport={"width": 1280, "height": 800}, device_scale_factor=1.5), url
+        )
         drawn = browser.new_page(
             viewport={"width": 1280, "height": 1000}
         )  # without our page's policy
@@ -56,30 +59,32 @@ def chat(page: Page, url: str) -> str:
     page.keyboard.press("Enter")
     answered(page, 0)
     page.locator("#found .close").click()
-    page.locator(".turn .t:not(.prompt)", has_text="decline").first.click()
+    page.locator(".turn .t:not(.prompt)", has_text="factors").first.click()
     page.mouse.move(0, 0)
     page.wait_for_timeout(500)
     page.screenshot(path=HERE / "page.png")
     return re.findall(r"page-[0-9a-f]+", page.url)[0]
 
 
-def steer(page: Page) -> None:
-    """The card of a feature, and what steering with it does."""
+def card(page: Page) -> None:
+    """What is known of a feature."""
     page.fill("#query", FEATURE)
     page.keyboard.press("Enter")
     page.locator("#found .open").first.click()
     expect(page.locator("#card .weights .row").first).to_be_visible(timeout=60_000)
-    page.locator("#card .try textarea").fill("The storm caused the flood.")
+    page.locator("#card .try textarea").fill("The wizard had a magic wand.")
     page.locator("#card .try button").click()
-    expect(page.locator("#card .try mark")).to_be_visible(timeout=60_000)
+    expect(page.locator("#card .try mark").first).to_be_visible(timeout=60_000)
     page.set_viewport_size({"width": 1280, "height": 2000})
     page.locator("#card").screenshot(path=HERE / "card.png")
     page.set_viewport_size({"width": 1280, "height": 800})
-    page.locator("#card .steer input[type=range]").fill(STRENGTH)
-    page.get_by_role("button", name="Answer with and without").click()
-    answered(page, 1)
-    page.locator("#found .close").click()
-    page.locator(".turn").nth(1).evaluate("turn => turn.scrollIntoView()")
+
+
+def steered(page: Page, url: str) -> None:
+    """The guide's question that is answered with and without the demo's preset."""
+    page.goto(f"{url}/#watch=mine")
+    page.get_by_role("button", name=SUGGESTION).click()
+    answered(page, 0)
     page.wait_for_timeout(500)
     page.screenshot(path=HERE / "steered.png")
 

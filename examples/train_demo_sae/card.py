@@ -96,9 +96,9 @@ authors of these articles, each at `https://en.wikipedia.org/wiki/` and its titl
 |---|---|---|---|---|{rules}|
 {label_rows}
 
-Scores are of detection: shown held-out texts of which half have the feature, a reader who has only
-the label says which; class-balanced accuracy, 0.5 by chance. Labels below {reliable} are kept, and
-marked unreliable wherever they are shown.
+Scores are of detection: shown held-out texts of which half have the feature, a language model that
+has only the label says which; class-balanced accuracy, 0.5 by chance. Labels below {reliable} are
+kept, and marked unreliable wherever they are shown.
 
 ## Twenty features
 

@@ -91,7 +91,7 @@ class Demo:
     def perplexity(self, prompt: str, answer: str) -> float:
         """Of an answer, by the model as it is."""
         if not answer.strip():
-            return math.nan
+            return math.inf  # so that an empty answer counts as a bad one
         asked = [{"role": "user", "content": prompt}]
         answered = [*asked, {"role": "assistant", "content": answer}]
         before = len(self._logprobs(asked, add_generation_prompt=True))
@@ -138,7 +138,7 @@ def main() -> None:
         shown = sum(bool(effect.search(answer)) for answer in answers)
         print(
             f"{name}: shows in {shown} of {len(answers)};"
-            f" perplexity {median(perplexities):.1f} (median),"
+            f" perplexity {median(perplexities):.2f} (median),"
             f" new runs of three words {median(map(distinct, answers)):.0%}"
         )
         if args.show:

@@ -42,7 +42,7 @@ def main() -> None:
             for token in tokens
         ]
         shown = Counter(name for names in told for name in names)
-        print(f"{sum(map(bool, told)) / len(told):.0%} of {len(told)} tokens: {question}")
+        print(f"{sum(map(bool, told)) / max(len(told), 1):.0%} of {len(told)} tokens: {question}")
         print(f"  {' '.join((done.choices[0].message.content or '').split())}")
         for name, count in shown.most_common(6):
             print(f"  {count:3} {name}")

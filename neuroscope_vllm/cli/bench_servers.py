@@ -19,7 +19,7 @@ import httpx
 import msgspec
 
 from neuroscope_vllm.cli.bench_shapes import SHAPE_FLAGS, write_shape
-from neuroscope_vllm.cli.demo import SERVER_FLAGS, demo_model, demo_sae
+from neuroscope_vllm.cli.demo import SERVER_FLAGS, demo_model, with_demo_saes
 from neuroscope_vllm.cli.machine import gpus
 from neuroscope_vllm.cli.options import settings_from
 from neuroscope_vllm.cli.supervise import (
@@ -54,7 +54,7 @@ def served(
             model, flags["sae"] = str(written), flags["sae"] or (str(sae),)
             vllm_flags = (*SHAPE_FLAGS, *vllm_flags)
         elif model is None:
-            flags["sae"] = flags["sae"] or (str(demo_sae()),)
+            flags = with_demo_saes(flags)
             model, vllm_flags = str(demo_model()), (*SERVER_FLAGS, *vllm_flags)
         settings = settings_from(flags)
         if not settings.configured:

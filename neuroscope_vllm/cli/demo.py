@@ -8,13 +8,22 @@ from pathlib import Path
 from typing import Any
 
 import click
+import msgspec
 
-from neuroscope_vllm.cli.options import PORT, backend_flags, neuroscope_flags, settings_from
+from neuroscope_vllm.cli.options import (
+    PORT,
+    backend_flags,
+    layers_of,
+    neuroscope_flags,
+    settings_from,
+)
 from neuroscope_vllm.cli.supervise import console, run_server, server_command
-from neuroscope_vllm.core.config import cache_dir, unwritable_cache
+from neuroscope_vllm.core.config import Settings, cache_dir, unwritable_cache
 from neuroscope_vllm.core.errors import NeuroscopeError
 
 NAME = "smollm2-135m-instruct"
+LAYER = 20
+"""Observed unless a flag says otherwise."""
 SERVER_FLAGS = ("--served-model-name", NAME, "--host", "127.0.0.1", "--max-model-len", "4096")
 
 
@@ -34,8 +43,7 @@ def command(
     **flags: Any,
 ) -> None:
     """Serve SmolLM2-135M-Instruct with an SAE trained by this project."""
-    flags["sae"] = flags["sae"] or (str(demo_sae()),)
-    settings = settings_from(flags)
+    settings = demo_settings(flags)
     model = demo_model()
     # The CPU build sizes its KV cache from free memory unless told; 1 GiB is plenty here.
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
@@ -44,9 +52,43 @@ def command(
     run_server(server, settings, port, print_command)
 
 
-def demo_sae() -> Path:
-    """The SAE folder that ships in the package, with its calibration and labels."""
-    return Path(str(resources.files("neuroscope_vllm"))) / "demo" / NAME / "layer_20"
+def demo_settings(flags: dict[str, Any]) -> Settings:
+    """Those of a server of the demo, with its own SAEs where no flag names one; and beside that of
+    LAYER, with its preset and guide, unless the operator has others.
+
+    Raises click.ClickException, one sentence.
+    """
+    settings = settings_from(with_demo_saes(flags))
+    if str(demo_sae()) in settings.sae and settings.steering is settings.guide is None:
+        steering, guide = (str(_files() / f"{name}.yaml") for name in ("steering", "guide"))
+        settings = msgspec.structs.replace(settings, steering=steering, guide=guide)
+    return settings
+
+
+def with_demo_saes(flags: dict[str, Any]) -> dict[str, Any]:
+    """Flags with the demo's SAE of each layer that they name, where they name no SAE.
+
+    Raises click.ClickException: there is none of that layer.
+    """
+    if flags["sae"]:
+        return flags
+    layers = layers_of(flags) or [LAYER]
+    if missing := [layer for layer in layers if not demo_sae(layer).is_dir()]:
+        known = sorted(int(path.name.removeprefix("layer_")) for path in _files().glob("layer_*"))
+        raise click.UsageError(
+            f"the demo has SAEs of layers {', '.join(map(str, known))}, not of {missing[0]}; ask"
+            " for those, or name an SAE of your own with --sae."
+        )
+    return flags | {"sae": tuple(str(demo_sae(layer)) for layer in layers)}
+
+
+def demo_sae(layer: int = LAYER) -> Path:
+    """The SAE folder that ships in the package, with its calibration, labels and examples."""
+    return _files() / f"layer_{layer}"
+
+
+def _files() -> Path:
+    return Path(str(resources.files("neuroscope_vllm"))) / "demo" / NAME
 
 
 def demo_model() -> Path:

@@ -58,16 +58,17 @@ def command(
     as_json: bool,
     **flags: Any,
 ) -> None:
+    from neuroscope_vllm.cli.demo import NAME, demo_settings
     from neuroscope_vllm.cli.doctor_check import Asked
+    from neuroscope_vllm.cli.engines import DEMO
     from neuroscope_vllm.cli.options import check_device
-    from neuroscope_vllm.core.config import Settings
+    from neuroscope_vllm.core.config import Settings, cache_dir
     from neuroscope_vllm.core.launch import url_host
 
     check_device(backend, device, dtype)
-    model = _located(model, flags)
     settings, refused = None, None
     try:
-        settings = settings_from(flags)
+        settings = demo_settings(flags) if model == DEMO else settings_from(flags)
     except click.UsageError:
         raise
     except click.ClickException as error:
@@ -75,7 +76,7 @@ def command(
     where = settings or Settings()
     own = f"http://{url_host(where.features_host)}:{where.features_port}"
     asked = Asked(
-        model=model,
+        model=str(cache_dir() / NAME) if model == DEMO else model,
         backend=backend,
         settings=settings,
         url=(url or own).rstrip("/"),
@@ -97,17 +98,6 @@ def command(
 
         print_checks(checks)
     context.exit(1 if failed else 0)
-
-
-def _located(model: str | None, flags: dict[str, Any]) -> str | None:
-    """MODEL; for `demo`, the embedded one's folder, with its SAE."""
-    from neuroscope_vllm.cli.demo import NAME, demo_sae
-    from neuroscope_vllm.core.config import cache_dir
-
-    if model != "demo":
-        return model
-    flags["sae"] = flags["sae"] or (str(demo_sae()),)
-    return str(cache_dir() / NAME)
 
 
 def _examine(asked: Asked, refused: str | None) -> list[Check]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from neuroscope_vllm.cli.demo import demo_model, demo_sae
+from neuroscope_vllm.cli.demo import demo_model, with_demo_saes
 from neuroscope_vllm.cli.options import backend_flags, check_device, settings_from
 from neuroscope_vllm.cli.supervise import console
 
@@ -110,7 +110,7 @@ def chosen(model: str, flags: dict[str, Any]) -> tuple[str, Settings]:
     Raises click.ClickException and NeuroscopeError, one sentence each.
     """
     if model == DEMO:
-        flags["sae"] = flags["sae"] or (str(demo_sae()),)
+        flags = with_demo_saes(flags)
     model = located(model)
     settings = settings_from(flags)
     if not settings.configured:

@@ -20,7 +20,8 @@ _FLAGS = [
     click.option("--layer", multiple=True, type=int, help="Layer of each SAE, if it records none."),
     click.option(
         "--layers",
-        help="The same in one word, as in 5,12,20; with `--sae gemma-scope`, one of each.",
+        help="The same in one word, as in 5,12,20; with `--sae gemma-scope`, one of each; of the"
+        " demo, its own of 10, 20 and 28.",
     ),
     click.option("--calibration", multiple=True, help="Calibration file of each SAE."),
     click.option("--labels", multiple=True, help="Label files (JSONL)."),
@@ -128,14 +129,22 @@ def settings_from(flags: dict[str, Any]) -> Settings:
     given: dict[str, Any] = {
         name: list(v) if isinstance(v, tuple) else v for name, v in flags.items()
     }
-    if (layers := given.pop("layers", None)) is not None:
-        if given.get("layer"):
-            raise click.UsageError("--layer and --layers exclude each other.")
-        try:
-            given["layer"] = [int(layer) for layer in layers.split(",")]
-        except ValueError:
-            raise click.UsageError(f"--layers {layers} is no list as in 5,12,20.") from None
+    given["layer"] = layers_of(given)
+    given.pop("layers", None)
     try:
         return resolve({name: v for name, v in given.items() if v not in (None, [])})
     except NeuroscopeError as error:
         raise click.ClickException(str(error)) from None
+
+
+def layers_of(flags: dict[str, Any]) -> list[int]:
+    """What --layer or --layers say. Raises click.UsageError."""
+    layers = flags.get("layers")
+    if layers is None:
+        return list(flags.get("layer", ()))
+    if flags.get("layer"):
+        raise click.UsageError("--layer and --layers exclude each other.")
+    try:
+        return [int(layer) for layer in layers.split(",")]
+    except ValueError:
+        raise click.UsageError(f"--layers {layers} is no list as in 5,12,20.") from None

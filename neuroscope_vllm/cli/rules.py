@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from neuroscope_vllm.cli.demo import demo_sae
+from neuroscope_vllm.cli.demo import with_demo_saes
 from neuroscope_vllm.cli.engines import sae_flags
 from neuroscope_vllm.cli.failures import in_a_sentence
 from neuroscope_vllm.cli.options import api_key_option
@@ -81,7 +81,7 @@ def _catalogue(file: str, flags: dict[str, Any]) -> Catalogue:
     from neuroscope_vllm.core.sae.observed import calibration_of, observed
     from neuroscope_vllm.core.steering.catalogue import Catalogue, Operator, Site
 
-    settings = settings_from(flags if flags["sae"] else {**flags, "sae": [str(demo_sae())]})
+    settings = settings_from(with_demo_saes(flags))
     sites, d_model = {}, 0
     for number, (layer, info) in enumerate(observed(settings).items()):
         calibrated = calibration_of(settings, number, info)

@@ -46,7 +46,7 @@ class _Feature(click.ParamType):
     ) -> tuple[int | None, int]:
         layer, _, index = str(value).rpartition(":")
         if not index.isdecimal() or (layer and not layer.isdecimal()):
-            self.fail(f"{value!r} is no feature; give [LAYER:]INDEX, as in 20:2553.", param, ctx)
+            self.fail(f"{value!r} is no feature; give [LAYER:]INDEX, as in 20:6091.", param, ctx)
         return int(layer) if layer else None, int(index)
 
 

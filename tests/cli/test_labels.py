@@ -129,16 +129,16 @@ def test_an_import_loads_no_torch_where_the_address_tells_the_shape(bucket: Buck
 def test_local_files_of_another_sae_are_refused(tmp_path: Path) -> None:
     export = tmp_path / "export" / "explanations"
     export.mkdir(parents=True)
-    (export / "batch-0.jsonl").write_bytes(jsonl([row(4095, '"dogs"'), row(3, "The user wants")]))
+    (export / "batch-0.jsonl").write_bytes(jsonl([row(8191, '"dogs"'), row(3, "The user wants")]))
     words = ("import", "neuronpedia", "--from", str(tmp_path / "export"), "--sae", str(demo_sae()))
     code, out, _ = run(*words)
     assert code == 0
     assert "Imported 1 labels" in out
     assert "1 texts with traces" in out
-    (export / "batch-1.jsonl").write_bytes(jsonl([row(4096, "cats")]))
+    (export / "batch-1.jsonl").write_bytes(jsonl([row(8192, "cats")]))
     code, _, err = run(*words)
     assert code == 1
-    assert "feature 4096, but the SAE has 4,096 features" in err
+    assert "feature 8192, but the SAE has 8,192 features" in err
     assert len(load_labels(labels_file(str(demo_sae()), "neuronpedia"))) == 1
 
 
@@ -166,10 +166,9 @@ def test_labels_are_listed_searched_and_shown_with_where_they_come_from(tmp_path
             "newest",
         )
     ]
-    assert out.splitlines()[1].split() == [
-        *("gpt", "2", "2", "1", "0.60", "fuzz", "gpt-5", "2026-01-03")
-    ]
-    assert out.splitlines()[2].startswith("tokens")
+    rows = {line.split()[0]: line.split()[1:] for line in out.splitlines()[1:]}
+    assert list(rows) == ["manual", "gpt", "tokens"]  # by mean score
+    assert rows["gpt"] == ["2", "2", "1", "0.60", "fuzz", "gpt-5", "2026-01-03"]
     _, out, _ = run("show", "7", "8")
     assert "[red]San Francisco[/]" in out
     assert "0.30 unreliable" in out
@@ -259,7 +258,7 @@ def test_a_damaged_file_takes_no_other_with_it_and_can_be_removed(tmp_path: Path
     file = labels_file(str(demo_sae()), "z")
     file.write_text('{"index":1}\n')
     listed = json.loads(run("list", "--json")[1])
-    assert [one["labeller"] for one in listed["labellers"]] == ["tokens"]
+    assert [one["labeller"] for one in listed["labellers"]] == ["manual", "tokens"]
     for words in (("search", "san", "--labeller", "tokens"), ("export", "tokens")):
         assert run(*words)[0] == 0
     again = ("import", mine(tmp_path, "index,text\n1,a\n"), "--labeller", "z")
@@ -293,7 +292,7 @@ def test_names_that_differ_in_case_only_are_refused(tmp_path: Path) -> None:
         (("search", "\udcff", "--json"), 0, "demo's SAE"),
         (("export", "nobody"), 1, "no labels of 'nobody'"),
         (("export", "tokens", "-o", "/no/such/x"), 1, "/no/such/x can not be used: No such file"),
-        (("remove", "nobody", "--yes"), 1, "its labellers: tokens"),
+        (("remove", "nobody", "--yes"), 1, "its labellers: manual, tokens"),
         (("search", "x", "--labeller", "nobody"), 1, "no labels of 'nobody'"),
         (("show", "minus"), 2, "is not a valid integer"),
         (("show", "-1"), 2, "No such option"),
@@ -322,7 +321,7 @@ def test_mistakes_are_explained(words: tuple[str, ...], code: int, says: str) ->
     [
         ("index,text\n1,a\n", (), "no column 'labeller' (or give one with --labeller)"),
         ("index,text\n1,a\n", ("--labeller", "../x"), "can not name a file"),
-        ("index,text\n4096,a\n", ("--labeller", "x"), "feature 4096, but the SAE has 4,096"),
+        ("index,text\n8192,a\n", ("--labeller", "x"), "feature 8192, but the SAE has 8,192"),
         ("index,text\nx,a\n", ("--labeller", "x"), "line 2 of"),
         ("index,text\n", ("--labeller", "x"), "holds no labels"),
     ],

@@ -13,7 +13,7 @@ import yaml
 from neuroscope_vllm.core.steering.spec import SteeringSpec
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-EDIT = {"op": "add", "feature": 2553, "value": 40}
+EDIT = {"op": "add", "feature": 6091, "value": 40}
 
 
 def test_open_webui_sends_what_the_server_takes():

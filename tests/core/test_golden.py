@@ -187,11 +187,11 @@ def demo() -> tuple[Oracle, SAE]:
 
 
 def test_the_same_on_the_demo(demo: tuple[Oracle, SAE]) -> None:
-    """Its feature 2553 is labelled “caused”. Values of another feature or token do not pass."""
+    """Its feature 6091 is labelled “cause”, “causes”. Values of others, or other tokens, fail."""
     found = features_of(*demo, "The fire was caused by a storm.")
-    check_values(found, 2553, {" caused": 17.0}, NEURONPEDIA_ERROR)
-    check_silent_elsewhere(found, 2553, {" caused": 17.0})
-    for feature, values in [(2553, {" caused": 15.0}), (2553, {" fire": 17.0}), (151, {" by": 1})]:
+    check_values(found, 6091, {" caused": 40.7}, NEURONPEDIA_ERROR)
+    check_silent_elsewhere(found, 6091, {" caused": 40.7})
+    for feature, values in [(6091, {" caused": 36.0}), (6091, {" fire": 40.7}), (151, {" by": 1})]:
         with pytest.raises(AssertionError):
             check_values(found, feature, values, NEURONPEDIA_ERROR)
 
@@ -220,4 +220,4 @@ def test_the_same_ranges_of_the_demo(demo: tuple[Oracle, SAE]) -> None:
     for read_as, fits in ((sae, nullcontext()), (sae.reading_rms(), pytest.raises(AssertionError))):
         with fits:
             # Its rows are in bfloat16, so not quite of unit norm.
-            check_sanity(found, read_as, l0=(30, 110), fvu=(0.1, 0.45), norm=(150, 350), unit=1e-3)
+            check_sanity(found, read_as, l0=(30, 110), fvu=(0.1, 0.45), norm=(150, 350), unit=2e-3)

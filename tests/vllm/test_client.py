@@ -26,7 +26,7 @@ from tests.support.served import Served, start_neuroscope
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 FLAGS = ("--served-model-name", NAME, "--max-model-len", "1024", "--enforce-eager")
-LAYER, CAUSED = 20, 2553
+LAYER, CAUSE = 20, 6091
 QUESTION = "What is gravity?"
 TOKENS = 200
 """So many take longer than a side process that is started again."""
@@ -157,20 +157,20 @@ def test_the_async_twin(server: Served):
 def test_inspection_steering_and_cards(client: Client, plain: openai.OpenAI):
     trace = client.inspect("It was caused by the rain.")
     assert "".join(token.token for token in trace.tokens) == "It was caused by the rain."
-    assert CAUSED in [feature.index for feature in trace.top(20)]
+    assert CAUSE in [feature.index for feature in trace.top(20)]
     assert client.inspect("Hello", chat=True).text == ""
     assert any(token.token == "Hello" for token in client.inspect("Hello", chat=True).prompt)
 
-    card = client.features.get(CAUSED)
+    card = client.features.get(CAUSE)
     assert card.label is not None
-    assert "caused" in card.label.text
+    assert "cause" in card.label.text
     assert card.histogram is not None
     assert card.promoted
-    assert CAUSED in [label.index for label in client.features.search("caused")]
+    assert CAUSE in [label.index for label in client.features.search("cause")]
 
     events: list[Any] = []
     changed: list[Any] = []
-    spec = {"steer": [{"op": "add", "layer": LAYER, "feature": CAUSED, "value": 5}]}
+    spec = {"steer": [{"op": "add", "layer": LAYER, "feature": CAUSE, "value": 5}]}
     for chunk in client.wrap(plain).chat.completions.create(
         **chat(max_tokens=80, extra_body={"min_tokens": 80}), stream=True
     ):
@@ -270,7 +270,7 @@ def test_watching_from_the_terminal(server: Served, client: Client, plain: opena
     )
     shown = [line.split("'")[1] for line in done.stdout.splitlines() if line.startswith("'")]
     assert "".join(shown)[:30] == (answer.choices[0].message.content or "")[:30]
-    assert "“caused”" in done.stdout
+    assert "“arise”" in done.stdout
 
 
 def example(name: str, *words: str, **env: str) -> list[str]:
@@ -297,7 +297,7 @@ def test_the_chat_example(server: Served):
 
 
 def test_the_alarm_example(server: Served, plain: openai.OpenAI):
-    words = ["feature_alarm.py", str(CAUSED), "--above", "5", "--count", "1"]
+    words = ["feature_alarm.py", str(CAUSE), "--above", "5", "--count", "1"]
     process = subprocess.Popen(
         [sys.executable, str(EXAMPLES / words[0]), *words[1:], "--features-url", server.features],
         stdout=subprocess.PIPE,
@@ -322,7 +322,7 @@ def test_the_analysis_example(server: Served, tmp_path: Path):
         PAGE=str(page),
         TEXT="It was caused by the rain.",
     )
-    assert any(f"[{CAUSED}]" in line for line in lines)
+    assert any(f"[{CAUSE}]" in line for line in lines)
     assert any(line.startswith("promotes ") for line in lines)
     assert page.stat().st_size > 10_000
 

@@ -29,7 +29,7 @@ from tests.support.served import Served, bin_path, free_port, start
 __all__ = ["browser", "new_page"]  # fixtures
 
 LAYER, QUESTION = 20, "What is gravity?"
-CAUSED = 2553  # “caused”, “Cause”, “causes”
+CAUSE = 6091  # cause-: “cause”, “causes”
 
 
 @pytest.fixture(scope="module")
@@ -123,11 +123,11 @@ def test_a_card_of_real_weights_steers(demo: Served, new_page: Callable[..., Pag
     ask(page, QUESTION)
     page.fill("#query", "causes")
     page.keyboard.press("Enter")
-    found = page.locator("#found .row", has_text=f"feature {CAUSED} ")
+    found = page.locator("#found .row", has_text=f"feature {CAUSE} ")
     found.locator(".open").click()
-    card = httpx.get(f"{demo.features}/v1/features/{CAUSED}", timeout=60).json()
+    card = httpx.get(f"{demo.features}/v1/features/{CAUSE}", timeout=60).json()
     dialog = page.locator("#card")
-    expect(dialog.locator("h2")).to_contain_text("“caused”, “Cause”, “causes”")
+    expect(dialog.locator("h2")).to_contain_text("cause-: “cause”, “causes”")
     expect(dialog.locator(".weights .row")).to_have_count(len(card["neighbours"]), timeout=60_000)
     for one in card["promoted"][:3] + card["suppressed"][:3]:
         expect(dialog.locator(".logits", has_text=one["token"].strip()).first).to_be_visible()
@@ -146,7 +146,7 @@ def test_a_card_of_real_weights_steers(demo: Served, new_page: Callable[..., Pag
     for name, text in ((plain_id, plain), (steered_id, steered)):
         assert text.endswith("".join(e["token"] for e in told(demo, name) if e["event"] == "token"))
     steering = [e for e in told(demo, steered_id) if e.get("steered")]
-    assert {e["steered"][0]["index"] for e in steering} == {CAUSED}
+    assert {e["steered"][0]["index"] for e in steering} == {CAUSE}
     assert not [e for e in told(demo, plain_id) if e.get("steered")]
     # As another browser finds it, which knows no more than its URL.
     other = new_page(page.url)
@@ -154,7 +154,7 @@ def test_a_card_of_real_weights_steers(demo: Served, new_page: Callable[..., Pag
     assert (text_of(other, 1, 0), text_of(other, 1, 1)) == (plain, steered)
     titles = other.locator(".turn").nth(1).locator(".answer > h3")
     expect(titles.first).to_have_text("without")
-    expect(titles.nth(1)).to_contain_text(f"feature {CAUSED}")
+    expect(titles.nth(1)).to_contain_text(f"feature {CAUSE}")
 
 
 @needs_browser

@@ -2,7 +2,7 @@
 
 import { get } from "./api.js";
 
-const names = new Map();       // "20:2553" -> {label, unreliable, dense}
+const names = new Map();       // "20:6091" -> {label, unreliable, dense}
 const asked = new Set();
 
 export const keyOf = (layer, index) => `${layer}:${index}`;

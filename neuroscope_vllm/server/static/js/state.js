@@ -4,7 +4,7 @@ const DEFAULTS = {
   watch: "all",         // "mine": my chat alone; else the id of one more request
   turn: [],             // my requests, each "id", or "id~id" where two answers stand side by side
   layer: "",            // "": the first; "all": side by side
-  colour: "",           // "": surprise; else a feature, "20:2553"
+  colour: "",           // "": surprise; else a feature, "20:6091"
   pin: [],
   token: "",            // the pinned one, "<internal id>@<position>"
   sort: "surprise",
