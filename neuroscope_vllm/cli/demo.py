@@ -12,8 +12,8 @@ import msgspec
 
 from neuroscope_vllm.cli.options import (
     PORT,
+    asked,
     backend_flags,
-    layers_of,
     neuroscope_flags,
     settings_from,
 )
@@ -42,7 +42,10 @@ def command(
     vllm_flags: tuple[str, ...],
     **flags: Any,
 ) -> None:
-    """Serve SmolLM2-135M-Instruct with an SAE trained by this project."""
+    """Serve SmolLM2-135M-Instruct with SAEs trained by this project.
+
+    Without other flags that of layer 20, with a guide on the page and a steering preset.
+    """
     settings = demo_settings(flags)
     model = demo_model()
     # The CPU build sizes its KV cache from free memory unless told; 1 GiB is plenty here.
@@ -53,26 +56,34 @@ def command(
 
 
 def demo_settings(flags: dict[str, Any]) -> Settings:
-    """Those of a server of the demo, with its own SAEs where no flag names one; and beside that of
-    LAYER, with its preset and guide, unless the operator has others.
+    """Those of a server of the demo.
+
+    Its own SAE of LAYER brings its preset, and alone its guide, which speaks of that layer; not so
+    where there is another steering file or guide, since a guide may name presets of its own file.
 
     Raises click.ClickException, one sentence.
     """
-    settings = settings_from(with_demo_saes(flags))
-    if str(demo_sae()) in settings.sae and settings.steering is settings.guide is None:
-        steering, guide = (str(_files() / f"{name}.yaml") for name in ("steering", "guide"))
-        settings = msgspec.structs.replace(settings, steering=steering, guide=guide)
-    return settings
+    with_saes = with_demo_saes(flags)
+    settings = settings_from(with_saes)
+    layers = settings.layer or [LAYER]
+    own = with_saes is not flags and LAYER in layers and settings.sae_input == "raw"
+    if not own or settings.steering or settings.guide:
+        return settings
+    return msgspec.structs.replace(
+        settings,
+        steering=str(_files() / "steering.yaml"),
+        guide=str(_files() / "guide.yaml") if layers == [LAYER] else None,
+    )
 
 
 def with_demo_saes(flags: dict[str, Any]) -> dict[str, Any]:
-    """Flags with the demo's SAE of each layer that they name, where they name no SAE.
+    """Flags with the demo's SAE of each layer asked for; as they are where an SAE is asked for.
 
     Raises click.ClickException: there is none of that layer.
     """
-    if flags["sae"]:
+    if asked(flags, "sae"):
         return flags
-    layers = layers_of(flags) or [LAYER]
+    layers = asked(flags, "layer") or [LAYER]
     if missing := [layer for layer in layers if not demo_sae(layer).is_dir()]:
         known = sorted(int(path.name.removeprefix("layer_")) for path in _files().glob("layer_*"))
         raise click.UsageError(

@@ -150,7 +150,8 @@ def open_examples(source: str) -> ExampleStore:
     """What `collect` kept for an SAE.
 
     Raises:
-        ConfigError: There is nothing, or it is of other weights than the SAE has now.
+        ConfigError: There is nothing, or too little, or it is of other weights than the SAE has
+            now.
     """
     from neuroscope_vllm.core.errors import ConfigError
     from neuroscope_vllm.core.examples import ExampleStore, find_examples
@@ -161,6 +162,10 @@ def open_examples(source: str) -> ExampleStore:
             f"there are no examples of {source} to show; gather them with `neuroscope collect`."
         )
     store = ExampleStore(folder)
+    if not store.contexts:
+        raise ConfigError(
+            f"examples {folder} are few, for cards alone; gather enough with `neuroscope collect`."
+        )
     if _digest(source) not in (None, store.collection.sae_digest):
         raise ConfigError(
             f"examples {folder} were collected with other weights than SAE {source} has now; "

@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from neuroscope_vllm.core.access import VLLM_KEY_VARIABLE
-from neuroscope_vllm.core.config import API_KEY_VARIABLE, Settings, resolve
+from neuroscope_vllm.core.config import API_KEY_VARIABLE, Settings, merge, resolve
 from neuroscope_vllm.core.errors import NeuroscopeError
 
 _FLAGS = [
@@ -20,8 +20,8 @@ _FLAGS = [
     click.option("--layer", multiple=True, type=int, help="Layer of each SAE, if it records none."),
     click.option(
         "--layers",
-        help="The same in one word, as in 5,12,20; with `--sae gemma-scope`, one of each; of the"
-        " demo, its own of 10, 20 and 28.",
+        help="The same in one word, as in 5,12,20; `--sae gemma-scope` has an SAE of each, and the"
+        " demo of 10, 20 and 28.",
     ),
     click.option("--calibration", multiple=True, help="Calibration file of each SAE."),
     click.option("--labels", multiple=True, help="Label files (JSONL)."),
@@ -126,25 +126,33 @@ def check_device(backend: str, device: str | None, dtype: str | None) -> None:
 
 def settings_from(flags: dict[str, Any]) -> Settings:
     """Raises click.ClickException with the one sentence that says what is wrong."""
-    given: dict[str, Any] = {
-        name: list(v) if isinstance(v, tuple) else v for name, v in flags.items()
-    }
-    given["layer"] = layers_of(given)
-    given.pop("layers", None)
     try:
-        return resolve({name: v for name, v in given.items() if v not in (None, [])})
+        return resolve(given(flags))
     except NeuroscopeError as error:
         raise click.ClickException(str(error)) from None
 
 
-def layers_of(flags: dict[str, Any]) -> list[int]:
-    """What --layer or --layers say. Raises click.UsageError."""
-    layers = flags.get("layers")
-    if layers is None:
-        return list(flags.get("layer", ()))
-    if flags.get("layer"):
-        raise click.UsageError("--layer and --layers exclude each other.")
+def asked(flags: dict[str, Any], name: str) -> Any:
+    """What flags, variables or the file say of a setting, as it is there; None if nothing.
+
+    Raises click.ClickException, one sentence.
+    """
     try:
-        return [int(layer) for layer in layers.split(",")]
-    except ValueError:
-        raise click.UsageError(f"--layers {layers} is no list as in 5,12,20.") from None
+        return merge(given(flags)).get(name)
+    except NeuroscopeError as error:
+        raise click.ClickException(str(error)) from None
+
+
+def given(flags: dict[str, Any]) -> dict[str, Any]:
+    """Flags that were given, with --layers as `layer`. Raises click.UsageError."""
+    found: dict[str, Any] = {
+        name: list(v) if isinstance(v, tuple) else v for name, v in flags.items()
+    }
+    if (layers := found.pop("layers", None)) is not None:
+        if found.get("layer"):
+            raise click.UsageError("--layer and --layers exclude each other.")
+        try:
+            found["layer"] = [int(layer) for layer in layers.split(",")]
+        except ValueError:
+            raise click.UsageError(f"--layers {layers} is no list as in 5,12,20.") from None
+    return {name: v for name, v in found.items() if v not in (None, [])}

@@ -227,19 +227,8 @@ def resolve(
     environ: Mapping[str, str] = os.environ,
     file: str | os.PathLike[str] | None = None,
 ) -> Settings:
-    """Merge `flags` over NEUROSCOPE_* variables over a YAML file into one Settings.
-
-    The file is `file`, else the flag `config`, else $NEUROSCOPE_CONFIG. Single values are
-    accepted where a list is expected. Raises ConfigError, one sentence, on anything wrong.
-    """
-    flags = dict(flags or {})
-    path = file or flags.pop("config", None) or environ.get(CONFIG_FILE_VARIABLE)
-    merged = read_yaml(Path(path)) if path else {}
-    merged.update(from_environment(environ))
-    merged.update(_checked_keys(flags, "the neuroscope configuration"))
-    for name in _LISTS & merged.keys():
-        if not isinstance(merged[name], list | tuple):
-            merged[name] = [merged[name]]
+    """What `merge` finds, as Settings. Raises ConfigError, one sentence, on anything wrong."""
+    merged = merge(flags, environ, file)
     if merged.get("sae") == [SUITE]:  # it has one of each layer
         merged["sae"] = [SUITE] * max(len(merged.get("layer", [])), 1)
     try:
@@ -249,6 +238,27 @@ def resolve(
         if isinstance(cause, ConfigError):
             raise cause from None
         raise ConfigError(f"neuroscope configuration: {error}.") from None
+
+
+def merge(
+    flags: Mapping[str, Any] | None = None,
+    environ: Mapping[str, str] = os.environ,
+    file: str | os.PathLike[str] | None = None,
+) -> dict[str, Any]:
+    """`flags` over NEUROSCOPE_* variables over a YAML file; values as they are there.
+
+    The file is `file`, else the flag `config`, else $NEUROSCOPE_CONFIG. Single values are
+    accepted where a list is expected. Raises ConfigError, one sentence: no such name, or file.
+    """
+    flags = dict(flags or {})
+    path = file or flags.pop("config", None) or environ.get(CONFIG_FILE_VARIABLE)
+    merged = read_yaml(Path(path)) if path else {}
+    merged.update(from_environment(environ))
+    merged.update(_checked_keys(flags, "the neuroscope configuration"))
+    for name in _LISTS & merged.keys():
+        if not isinstance(merged[name], list | tuple):
+            merged[name] = [merged[name]]
+    return merged
 
 
 def without_settings(environ: Mapping[str, str]) -> dict[str, str]:
