@@ -164,7 +164,8 @@ def open_examples(source: str) -> ExampleStore:
     store = ExampleStore(folder)
     if not store.contexts:
         raise ConfigError(
-            f"examples {folder} are few, for cards alone; gather enough with `neuroscope collect`."
+            f"the examples that ship with {source} are a few of each feature, for its card; gather"
+            " more with `neuroscope collect`."
         )
     if _digest(source) not in (None, store.collection.sae_digest):
         raise ConfigError(

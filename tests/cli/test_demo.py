@@ -132,7 +132,10 @@ def test_hand_written_labels_are_scored_and_the_unreliable_stay() -> None:
 def test_the_few_examples_that_ship_are_not_enough_to_label_by() -> None:
     for command in ("label", "score"):
         code, _, error = run(command, "--labeller", "tokens", "--dry-run")
-        assert (code, "gather enough with `neuroscope collect`" in error) == (1, True)
+        assert (code, "are a few of each feature, for its card; gather more with" in error) == (
+            1,
+            True,
+        )
 
 
 def test_the_guide_tells_three_stories_and_asks_for_a_preset_that_there_is() -> None:

@@ -53,6 +53,9 @@ def test_a_suggestion_is_asked(guided: Site, new_page: Callable[..., Page]):
     body = guided.talker.bodies[-1]
     assert body["messages"] == [{"role": "user", "content": "What is the capital of France?"}]
     assert (body["temperature"], body["max_tokens"]) == (0, 9)
+    expect(page.locator(".turn")).to_contain_text("Places.")
+    page.reload()
+    expect(page.locator(".turn")).to_contain_text("Places.")
     expect(guide).to_be_hidden()
     page.get_by_role("button", name="New chat").click()
     expect(guide).to_be_visible()

@@ -48,10 +48,11 @@ export function lastMessages() {
 const names = () => mine().map((turn) => turn.ids.join("~"));
 
 // One turn. `variants`: of each answer its messages and what else its body has; two stand side by side.
-export function ask(variants, titles = []) {
+// `remark`: what to say above them.
+export function ask(variants, titles = [], remark = "") {
   const ids = variants.map(() => newId());
   const bodies = variants.map((variant) => ({ model: about.model, stream: true, ...options(), ...variant }));
-  ids.forEach((id, i) => sent.set(id, { body: bodies[i], answer: "", title: titles[i] ?? "" }));
+  ids.forEach((id, i) => sent.set(id, { body: bodies[i], answer: "", title: titles[i] ?? "", remark }));
   // Who begins to chat wants to read that; others can be watched again by choice.
   const first = !mine().length, turn = place(ids);
   set({ turn: names(), token: "", ...(first && view.watch === "all" ? { watch: "mine" } : {}) }, true);
@@ -80,7 +81,7 @@ const varied = ({ title, body: { temperature, vllm_xargs } }) => title ? { tempe
 function place(ids) {
   const records = ids.map(sent.get), known = records.every(Boolean), asked = records[0]?.body.messages.at(-1).content ?? null;
   return addTurn({ ids, asked, titles: records.map((record) => record?.title), heading: asked === null ? ids.join(" and ") : `“${inline(asked)}”`,
-    remark: known ? "" : "Sent from another tab or browser: a message here begins a new chat." }, buttons);
+    remark: known ? records[0].remark : "Sent from another tab or browser: a message here begins a new chat." }, buttons);
 }
 
 async function run(turn, which, id) {

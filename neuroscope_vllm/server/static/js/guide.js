@@ -19,9 +19,9 @@ export function paintGuide() {
 }
 
 // Greedy, so that everybody sees what the guide speaks of.
-function begin({ prompt, preset, max_tokens }) {
+function begin({ prompt, look_for, preset, max_tokens }) {
   $("text").focus();   // the button goes
   const asked = { messages: [...firstMessages(), user(prompt)], temperature: 0, ...(max_tokens && { max_tokens }) };
-  if (preset === null) return ask([asked]);
-  ask([asked, { ...asked, vllm_xargs: { neuroscope: JSON.stringify({ preset }) } }], ["without", `preset ${preset}`]);
+  if (preset === null) return ask([asked], [], look_for);
+  ask([asked, { ...asked, vllm_xargs: { neuroscope: JSON.stringify({ preset }) } }], ["without", `preset ${preset}`], look_for);
 }

@@ -29,7 +29,7 @@ export function addTurn({ ids, heading, titles = [], asked = null, watched = fal
   turn.changes = make("div", { class: "changes" });
   turn.element = make("article", { class: watched ? "turn watched" : "turn" },
     make("header", {}, make("h2", { title: ids.join(" and ") }, inline(heading), " ", turn.meta), ...buttons(turn)),
-    remark ? make("p", { class: "quiet" }, remark) : null,
+    remark ? make("p", { class: "quiet" }, visible(remark)) : null,
     make("div", { class: ids.length > 1 ? "answers pair" : "answers" }, ...turn.bodies), turn.changes);
   turns.push(turn);
   if (!watched) busy(turn, true);
